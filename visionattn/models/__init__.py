@@ -1,0 +1,5 @@
+"""The backbones, one family per file; importing this package registers them with timm."""
+
+from visionattn.models import biformer
+
+__all__ = ["biformer"]

@@ -1,0 +1,15 @@
+"""Pure functions on tensors: no modules, no parameters, nothing imported from the rest of the package."""
+
+from visionattn.ops._dispatch import backend, use_backend
+from visionattn.ops.padding import crop, pad_to_multiple
+from visionattn.ops.routing import region_mean, routed_attention, topk_regions
+
+__all__ = [
+    "backend",
+    "crop",
+    "pad_to_multiple",
+    "region_mean",
+    "routed_attention",
+    "topk_regions",
+    "use_backend",
+]

@@ -1,0 +1,48 @@
+"""Which implementation of an operator runs.
+
+``auto`` takes the registered operator, whose kernel PyTorch's dispatcher picks by device; ``reference`` takes the
+plain gather form of ``reference.py``, which is slow and memory hungry but short enough to be read as the definition.
+The choice comes from the environment variable ``VISIONATTN_BACKEND`` and can be changed for a block of code.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "reference")
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}={name!r} is not a backend of this version; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+_backend = _checked(os.environ.get("VISIONATTN_BACKEND", "auto"), "VISIONATTN_BACKEND")
+
+
+def backend() -> str:
+    """Name of the backend in force, one of ``BACKENDS``."""
+    return _backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use another backend inside a ``with`` block (process-wide: not meant for several threads at once).
+
+    Raises:
+        ValueError: ``name`` is not one of ``BACKENDS``.
+    """
+    global _backend
+    previous, _backend = _backend, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def use_reference() -> bool:
+    """Whether the plain form must run: on request, or because ONNX knows only PyTorch's own operators."""
+    return _backend == "reference" or torch.onnx.is_in_onnx_export()

@@ -1,0 +1,60 @@
+"""Public padding operators: check the arguments, pick an implementation, nothing else."""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from visionattn.ops._dispatch import use_reference
+from visionattn.ops.padding import eager, reference  # noqa: F401  (eager registers the operators)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad a map with zeros at the bottom and right until ``multiple`` divides both sides.
+
+    Args:
+        x: Map, ``[B, H, W, C]``.
+        multiple: Wanted divisor of height and width, in pixels of the map.
+
+    Returns:
+        ``[B, ceil(H / multiple) * multiple, ceil(W / multiple) * multiple, C]``; ``x`` itself where nothing is missing.
+
+    Raises:
+        ValueError: ``multiple`` is below 1 or ``x`` has not four axes.
+    """
+    if multiple < 1 or x.dim() != 4:
+        raise ValueError(f"pad_to_multiple wants multiple >= 1 and x [B, H, W, C], got {multiple} and {x.dim()} axes")
+    H, W = x.shape[1], x.shape[2]
+    height, width = (H + multiple - 1) // multiple * multiple, (W + multiple - 1) // multiple * multiple
+    if torch.jit.is_scripting():
+        return torch.ops.visionattn.pad_to(x, height, width)
+    # asks only what is known without adding a guard, so one compiled graph serves all sizes
+    if statically_known_true(height == H) and statically_known_true(width == W):
+        return x
+    if use_reference():
+        return reference.pad_to(x, height, width)
+    return torch.ops.visionattn.pad_to(x, height, width)
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Keep the top left corner of a map.
+
+    Args:
+        x: Map, ``[B, H, W, C]``.
+        height: Rows to keep, at most ``H``.
+        width: Columns to keep, at most ``W``.
+
+    Returns:
+        ``[B, height, width, C]``; ``x`` itself where nothing is cut.
+
+    Raises:
+        ValueError: ``x`` has not four axes, or is smaller than the wanted size.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"crop wants x [B, H, W, C], got {x.dim()} axes")
+    if torch.jit.is_scripting():
+        return torch.ops.visionattn.crop(x, height, width)
+    if statically_known_true(height == x.shape[1]) and statically_known_true(width == x.shape[2]):
+        return x
+    if use_reference():
+        return reference.crop(x, height, width)
+    return torch.ops.visionattn.crop(x, height, width)
