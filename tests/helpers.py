@@ -1,0 +1,68 @@
+"""Comparison of tensors, and the outputs of the published networks in ``reference/``."""
+
+from typing import Any
+
+import torch
+from reference import fill
+from torch import Tensor
+
+GOLDEN = 1e-8  # of the standard deviation, for float64 against the published code
+
+
+def _compared(name: str, expected: Any, actual: Any) -> tuple[Tensor, Tensor]:
+    """Both as float64, with the infinite entries, which must be the same, set to zero."""
+    expected, actual = (torch.as_tensor(x).detach().cpu().double() for x in (expected, actual))
+    assert actual.shape == expected.shape, f"{name}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    for label, x in (("expected", expected), ("actual", actual)):
+        assert not x.isnan().any(), f"{name}: {label} has {int(x.isnan().sum())} NaN among {x.numel()} values"
+    infinite = expected.isinf() | actual.isinf()
+    wrong = int((expected != actual)[infinite].sum())
+    assert not wrong, f"{name}: {wrong} infinite values differ"
+    return expected.masked_fill(infinite, 0.0), actual.masked_fill(infinite, 0.0)
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_close(name: str, expected: Any, actual: Any, rel: float) -> None:
+    """RMS of the error at most ``rel`` times the RMS of ``expected``; shapes equal, no NaN, infinities in place."""
+    expected, actual = _compared(name, expected, actual)
+    error, scale = _rms(actual - expected), _rms(expected)
+    assert error <= rel * scale, (
+        f"{name}: RMS error {error:.3e} is {error / scale if scale else float('inf'):.3e} of the expected RMS "
+        f"{scale:.3e}, allowed {rel:.0e}; largest error {(actual - expected).abs().max():.3e}"
+    )
+
+
+def assert_golden(name: str, expected: Any, actual: Any, rel: float = GOLDEN) -> None:
+    """Largest error at most ``rel`` times the standard deviation of ``expected``."""
+    expected, actual = _compared(name, expected, actual)
+    error, std = (actual - expected).abs().max().item(), expected.std(correction=0).item()
+    assert error <= rel * std, f"{name}: largest error {error:.3e} is {error / std:.3e} of the std, allowed {rel:.0e}"
+
+
+def load_reference(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and stored tensors of ``reference/<name>``, for example ``"layers/bra_topk4"``."""
+    manifest, arrays = fill.load(name)
+    return manifest, {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def published_weights(manifest: dict[str, Any], rename: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """State dict of a manifest in float64, with parts of its keys replaced as ``rename`` says."""
+    weights = {}
+    for key, array in fill.fill_state_dict(manifest).items():
+        weights[renamed(key, rename)] = torch.from_numpy(array)
+    return weights
+
+
+def renamed(key: str, rename: dict[str, str] | None) -> str:
+    """``key`` with every part replaced as ``rename`` says."""
+    for old, new in (rename or {}).items():
+        key = key.replace(old, new)
+    return key
+
+
+def inputs(shape: Any, seed: int = 0) -> Tensor:
+    """The float64 input of a reference."""
+    return torch.from_numpy(fill.inputs(shape, seed))

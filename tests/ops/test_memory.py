@@ -1,0 +1,95 @@
+"""Memory of routed attention beyond inputs, outputs and gradients, as PyTorch's CPU allocator reports it."""
+
+import pytest
+import torch
+
+from visionattn.ops.routing import reference
+
+OPS = torch.ops.visionattn
+BOUND = 2.0  # in units of the bytes of key and value together
+# batch, side of the map, heads, head_dim, side of a region, entries per list
+SHAPES = {
+    "stage1": (1, 56, 2, 32, 8, 1),
+    "stage2": (2, 28, 4, 32, 4, 4),
+    "stage3": (2, 14, 8, 32, 2, 16),
+    "whole_map": (1, 32, 1, 32, 16, 4),
+}
+
+
+def size(*tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def run_metered(function, *args):
+    """The tensors that ``function`` returns, and the most bytes that were allocated beside them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = function(*args)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()  # negative for memory given back
+        peak = max(peak, now)
+    assert now == size(*result), "the meter lost sight of an allocation"
+    return result, peak - size(*result)
+
+
+def make(name, dtype):
+    B, side, heads, d, region, K = SHAPES[name]
+    query, key, value = (torch.randn(B, side, side, heads, d).to(dtype) for _ in range(3))
+    P = (side // region) ** 2
+    index = torch.rand(B, 1, P, P).argsort(-1)[..., :K].int()
+    return query, key, value, index, (region, region), (region, region), d**-0.5
+
+
+def backward_arguments(query, key, value, index, *rest):
+    out, lse = OPS.routed_attention(query, key, value, index, *rest)
+    return torch.randn_like(out), torch.randn_like(lse), query, key, value, index, out, lse, *rest
+
+
+def test_meter_sees_the_peak():
+    def function(x):
+        big = x.repeat(3)
+        y = big[: len(x)].clone()
+        del big
+        return (y,)
+
+    x = torch.zeros(1 << 18)
+    assert run_metered(function, x)[1] == 3 * size(x)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_meter_sees_the_gather_of_the_reference(name):
+    args = make(name, torch.float32)
+    _, extra = run_metered(reference.routed_attention, *args)
+    assert extra > max(SHAPES[name][5], BOUND) * size(*args[1:3])  # key and value once for every entry of a list
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_memory_is_bounded(name, dtype, record_property):
+    args = make(name, dtype)
+    _, extra = run_metered(OPS.routed_attention, *args)
+    record_property("share", share := extra / size(*args[1:3]))
+    assert share < BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_backward_memory_is_bounded(name, dtype, record_property):
+    args = make(name, dtype)
+    single = dtype == torch.bfloat16 and args[0].shape[0] * args[0].shape[3] == 1
+    _, extra = run_metered(OPS.routed_attention_backward, *backward_arguments(*args))
+    record_property("share", share := extra / size(*args[1:3]))
+    # the float32 gradient sums of a single half-precision head alone take 2
+    assert share < (BOUND + 2.0 if single else BOUND)
+
+
+@pytest.mark.parametrize("entries", [4, 49, 490])
+def test_memory_does_not_grow_with_the_lists(entries):
+    query, key, value = torch.randn(3, 1, 14, 14, 2, 32).unbind(0)
+    index = torch.randint(49, (1, 1, 49, entries), dtype=torch.int32)
+    args = query, key, value, index, (2, 2), (2, 2), 1.0
+    _, forward = run_metered(OPS.routed_attention, *args)
+    _, backward = run_metered(OPS.routed_attention_backward, *backward_arguments(*args))
+    assert max(forward, backward) < BOUND * size(key, value)

@@ -1,0 +1,125 @@
+"""From a source of images to reproducible batches."""
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from visionattn.data.datasets import ImageSource
+from visionattn.data.randomness import seed_from, seeded
+
+Batch = dict[str, Any]
+ON_ERROR = ("raise", "skip")
+
+
+class Samples(Dataset):
+    """Transformed samples of a source, each under generators seeded by its key.
+
+    A key is ``(epoch, position, i)``: image ``i`` as the ``position``-th of the epoch over all processes.
+
+    Args:
+        source: Images and labels.
+        transform: PIL image to tensor ``[C, H, W]``.
+        seed: Seed of the run.
+        on_error: What an unreadable image does: ``"raise"``, or ``"skip"`` to report it and go on. A training set
+            takes the next readable image instead; an evaluation set leaves the image out.
+        replace: Whether a skipped image is replaced.
+
+    Raises:
+        ValueError: Another ``on_error``; and from iteration, an unreadable image with ``"raise"``.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int = 0,
+        on_error: str = "raise",
+        replace: bool = True,
+    ):
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error={on_error!r} must be one of {', '.join(ON_ERROR)}")
+        self.source, self.transform, self.seed = source, transform, seed
+        self.on_error, self.replace = on_error, replace
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Batch:
+        epoch, position, i = key
+        skipped = []
+        for step in range(len(self) if self.replace else 1):
+            j = (i + step) % len(self)
+            try:
+                image, label, name = self.source[j]
+                with seeded(seed_from(self.seed, epoch, position)):
+                    return dict(image=self.transform(image), label=label, name=name, skipped=skipped)
+            except (ValueError, FileNotFoundError) as error:
+                if self.on_error == "raise":
+                    raise ValueError(f"{error} (or set data.on_error=skip)") from error
+                skipped.append(str(error))
+        if self.replace:
+            raise ValueError(f"none of the {len(self)} images can be read; the first error: {skipped[0]}")
+        return dict(skipped=skipped)
+
+
+def collate(items: list[Batch]) -> Batch:
+    """Join samples to ``image [B, C, H, W]``, ``label [B]`` and the lists ``name`` and ``skipped``."""
+    kept = [item for item in items if "image" in item]
+    return dict(
+        image=torch.stack([item["image"] for item in kept]) if kept else torch.empty(0),
+        label=torch.tensor([item["label"] for item in kept], dtype=torch.long),
+        name=[item["name"] for item in kept],
+        skipped=[note for item in items for note in item["skipped"]],
+    )
+
+
+class EpochSampler(Sampler[tuple[int, int, int]]):
+    """Keys ``(epoch, position, i)`` of one process's share of an epoch; the order depends on (seed, epoch) alone.
+
+    Args:
+        dataset: Anything with a length.
+        shuffle: Random order; otherwise each image once, in order.
+        seed: Seed of the run.
+        repeats: Repeated augmentation: each image that many times side by side, and as many fewer images an epoch.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, dataset: Sized, shuffle: bool, seed: int = 0, repeats: int = 1, rank: int = 0, world_size: int = 1
+    ):
+        self.shuffle, self.seed, self.repeats, self.rank, self.world_size = shuffle, seed, repeats, rank, world_size
+        self.size = len(dataset)
+        self.epoch = 0
+        share = dict(num_replicas=world_size, rank=rank)
+        self.order: Any = None
+        if shuffle and repeats > 1:
+            # the sampler rounds an epoch down to its own multiple of 256 images, which would leave small sets empty
+            whole = 256 if self.size >= 256 * world_size else 0
+            self.order = RepeatAugSampler(dataset, **share, num_repeats=repeats, selected_round=whole)
+        elif shuffle:
+            self.order = DistributedSampler(dataset, **share, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose keys come next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.order is not None:
+            return len(self.order)
+        return len(range(self.rank, self.size, self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        numbers: Any = range(self.rank, self.size, self.world_size)
+        if self.order is not None:
+            # RepeatAugSampler knows no seed of its own
+            self.order.set_epoch(seed_from(self.seed, self.epoch) % 2**32 if self.repeats > 1 else self.epoch)
+            numbers = self.order
+        for position, i in enumerate(numbers):
+            yield self.epoch, position * self.world_size + self.rank, int(i)
