@@ -27,7 +27,9 @@ def list_models(pattern: str = "*") -> list[str]:
         Sorted names.
     """
     # timm's own module filter sees only the last part of a module's path, which other packages may share
-    names = (name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith(__name__ + "."))
+    names = (
+        name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith(__name__ + ".")
+    )
     return sorted(fnmatch.filter(names, pattern))
 
 

@@ -13,7 +13,11 @@ from safetensors.torch import save_file
 from visionattn.models.biformer import checkpoint_filter_fn
 
 NAME = "test_biformer"
-HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>" + b"<p>Please sign in.</p>" * 50 + b"</body></html>"
+HTML = (
+    b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>"
+    + b"<p>Please sign in.</p>" * 50
+    + b"</body></html>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +82,12 @@ class Server:
 def server(monkeypatch, checkpoint):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server()
-    server.files["/root/content"] = checkpoint.read_bytes()
+    server.files["/share/content"] = checkpoint.read_bytes()
     yield server
     server.close()
 
 
-def fetch(server, cache, name=NAME, path="/root/content", **kwargs):
+def fetch(server, cache, name=NAME, path="/share/content", **kwargs):
     overlay = dict(url=server.address + path, hf_hub_id=None)
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache, **kwargs)
 
@@ -92,17 +96,17 @@ def test_weights_are_downloaded_once(server, weights, tmp_path):
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
         assert_loaded(fetch(server, cache), weights)
-    assert server.asked == ["/root/content"]
+    assert server.asked == ["/share/content"]
     assert os.listdir(cache) == ["test_biformer.untrained.pth"]
 
 
 def test_models_at_addresses_that_end_alike_keep_apart(server, weights, tmp_path):
     nano = timm.create_model("biformer_nano").state_dict()
     torch.save(nano, tmp_path / "nano.pth")
-    server.files["/nano/root/content"] = (tmp_path / "nano.pth").read_bytes()
+    server.files["/nano/share/content"] = (tmp_path / "nano.pth").read_bytes()
     cache = tmp_path / "cache"
     assert_loaded(fetch(server, cache), weights)
-    assert_loaded(fetch(server, cache, "biformer_nano", "/nano/root/content"), nano)
+    assert_loaded(fetch(server, cache, "biformer_nano", "/nano/share/content"), nano)
     assert sorted(os.listdir(cache)) == ["biformer_nano.untrained.pth", "test_biformer.untrained.pth"]
 
 
@@ -122,14 +126,14 @@ def test_missing_address_is_named_and_leaves_nothing(server, tmp_path):
 
 def test_silent_server_is_named(server, tmp_path):
     server.close()
-    with pytest.raises(RuntimeError, match=f"{server.address}/root/content"):
+    with pytest.raises(RuntimeError, match=f"{server.address}/share/content"):
         fetch(server, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("sent", [0, 1000, -1])
 def test_broken_download_is_named_and_leaves_nothing(server, tmp_path, weights, sent):
     cache, server.stop_after = tmp_path / "cache", sent
-    with pytest.raises((RuntimeError, ValueError), match=r"root/content"):
+    with pytest.raises((RuntimeError, ValueError), match=r"share/content"):
         fetch(server, cache)
     assert not cache.exists() or not os.listdir(cache)
     server.stop_after = None
@@ -137,13 +141,13 @@ def test_broken_download_is_named_and_leaves_nothing(server, tmp_path, weights, 
 
 
 def test_page_instead_of_weights_is_named(server, tmp_path):
-    server.files["/root/content"] = HTML
+    server.files["/share/content"] = HTML
     with pytest.raises(ValueError, match=r"test_biformer\.untrained\.pth"):
         fetch(server, tmp_path / "cache")
 
 
 def test_model_without_weights_says_so():
-    with pytest.raises(RuntimeError, match="[Nn]o pretrained weights"):
+    with pytest.raises(RuntimeError, match=r"[Nn]o pretrained weights"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -195,7 +199,9 @@ def test_truncated_file_is_named(weights, tmp_path, keep, kind, num_classes):
 
 @CLASSES
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("body", [b"no weights here\n", HTML, b"\x00" * 100, b"\x80\x02."], ids=["text", "html", "zeros", "stub"])
+@pytest.mark.parametrize(
+    "body", [b"no weights here\n", HTML, b"\x00" * 100, b"\x80\x02."], ids=["text", "html", "zeros", "stub"]
+)
 def test_other_content_is_named(tmp_path, body, suffix, num_classes):
     path = tmp_path / f"page{suffix}"
     path.write_bytes(body)

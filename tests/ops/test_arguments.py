@@ -18,7 +18,9 @@ from visionattn.ops import (
 )
 
 
-def attention(q=(1, 4, 6, 2, 3), kv=None, dtype=torch.float32, kv_dtype=None, index=None, region=(2, 3), kv_region=None):
+def attention(
+    q=(1, 4, 6, 2, 3), kv=None, dtype=torch.float32, kv_dtype=None, index=None, region=(2, 3), kv_region=None
+):
     key = torch.randn(kv or q).to(kv_dtype or dtype)
     index = torch.zeros(1, 1, 4, 2, dtype=torch.int32) if index is None else index
     return routed_attention(torch.randn(q).to(dtype), key, key, index, region, kv_region)
@@ -29,12 +31,18 @@ def table(*entries):
 
 
 CASES = {
-    "mean_region": (lambda: region_mean(torch.zeros(1, 5, 6, 1), (2, 3)), r"region=\(2, 3\).*H=5, W=6.*pad_to_multiple"),
+    "mean_region": (
+        lambda: region_mean(torch.zeros(1, 5, 6, 1), (2, 3)),
+        r"region=\(2, 3\).*H=5, W=6.*pad_to_multiple",
+    ),
     "mean_zero_region": (lambda: region_mean(torch.zeros(1, 4, 6, 1), (0, 3)), r"region=\(0, 3\) must divide"),
     "mean_axes": (lambda: region_mean(torch.zeros(4, 6, 1), (2, 3)), r"\[B, H, W, C\], got shape \(4, 6, 1\)"),
     "topk_zero": (lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), 0), r"topk=0 must lie in \[1, 4\]"),
     "topk_large": (lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), 5), r"topk=5 must lie in \[1, 4\]"),
-    "topk_axes": (lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(1, 1, 4, 2), 1), r"\[B, P, C\].*\[1, 1, 4, 2\]"),
+    "topk_axes": (
+        lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(1, 1, 4, 2), 1),
+        r"\[B, P, C\].*\[1, 1, 4, 2\]",
+    ),
     "topk_channels": (lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), 1), r"\[1, 4, 2\].*\[1, 4, 3\]"),
     "query_region": (lambda: attention(region=(3, 3)), r"q_region=\(3, 3\).*H=4, W=6.*pad_to_multiple"),
     "key_region": (lambda: attention(kv_region=(2, 4)), r"kv_region=\(2, 4\).*H=4, W=6.*pad_to_multiple"),
@@ -43,7 +51,10 @@ CASES = {
     "index_regions": (lambda: attention(index=table(0, 1)[:, :, :3]), r"\[1, 1 or 2, 4, K\].*got \(1, 1, 3, 2\)"),
     "index_heads": (lambda: attention(index=table(0).expand(1, 3, 4, 1)), r"\[1, 1 or 2, 4, K\].*got \(1, 3, 4, 1\)"),
     "index_batch": (lambda: attention(index=table(0).expand(2, 1, 4, 1)), r"\[1, 1 or 2, 4, K\].*got \(2, 1, 4, 1\)"),
-    "query_axes": (lambda: attention(q=(1, 4, 6, 6), kv=(1, 4, 6, 2, 3)), r"\[B, H, W, heads, head_dim\].*\(1, 4, 6, 6\)"),
+    "query_axes": (
+        lambda: attention(q=(1, 4, 6, 6), kv=(1, 4, 6, 2, 3)),
+        r"\[B, H, W, heads, head_dim\].*\(1, 4, 6, 6\)",
+    ),
     "heads_differ": (lambda: attention(kv=(1, 4, 6, 1, 3)), r"\(1, 4, 6, 2, 3\).*\(1, 4, 6, 1, 3\).*heads"),
     "batch_differs": (lambda: attention(kv=(2, 4, 6, 2, 3)), r"\(1, 4, 6, 2, 3\).*\(2, 4, 6, 2, 3\).*batch"),
     "dtypes_differ": (lambda: attention(kv_dtype=torch.float64), r"one float dtype.*float32.*float64"),

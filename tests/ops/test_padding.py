@@ -93,7 +93,9 @@ def test_compiled_for_free_sizes_equals_eager():
 
 def test_exported_with_free_sizes_equals_eager():
     free = torch.export.Dim.DYNAMIC
-    program = torch.export.export(PadAndCrop(), (torch.randn(2, 5, 7, 3),), dynamic_shapes=({0: free, 1: free, 2: free},))
+    program = torch.export.export(
+        PadAndCrop(), (torch.randn(2, 5, 7, 3),), dynamic_shapes=({0: free, 1: free, 2: free},)
+    )
     for size in ((2, 5, 7, 3), (3, 8, 12, 3), (5, 6, 2, 3)):
         x = torch.randn(size)
         for expected, actual in zip(PadAndCrop()(x), program.module()(x), strict=True):

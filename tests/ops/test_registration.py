@@ -98,7 +98,9 @@ def test_attention_passes_gradcheck(low):
 def test_map_operator_passes_gradcheck(function):
     x = plain(2, 4, 5, 2, dtype=torch.float64, grad=True)
     assert torch.autograd.gradcheck(function, [x])
-    assert torch.autograd.gradcheck(function, [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()])
+    assert torch.autograd.gradcheck(
+        function, [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()]
+    )
 
 
 class Routing(nn.Module):

@@ -98,9 +98,13 @@ class TorchvisionDataset:
         try:
             self.data = cls(root=str(root), train=split == "train", download=download)
         except RuntimeError as error:
-            raise FileNotFoundError(f"{name} is not complete under {root}: {error}; or set data.download=true") from error
+            raise FileNotFoundError(
+                f"{name} is not complete under {root}: {error}; or set data.download=true"
+            ) from error
         self.dataset, self.split, self.in_chans = name, split, in_chans
-        self.classes = [str(c) for c in getattr(self.data, "classes", None) or sorted(set(np.asarray(self.data.targets)))]
+        self.classes = [
+            str(c) for c in getattr(self.data, "classes", None) or sorted(set(np.asarray(self.data.targets)))
+        ]
 
     def __len__(self) -> int:
         return len(self.data)

@@ -263,14 +263,18 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def test_biformer(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """Smallest BiFormer, for tests; not a published model."""
-    args = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), n_win=4, topks=(1, 4, 8, DENSE))
+    args = dict(
+        depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), n_win=4, topks=(1, 4, 8, DENSE)
+    )
     return _create_biformer("test_biformer", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def biformer_nano(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """BiFormer for images of about 64 pixels; not a published model."""
-    args = dict(depths=(1, 1, 2, 1), embed_dims=(32, 64, 128, 256), num_heads=(1, 2, 4, 8), n_win=4, topks=(1, 4, 8, DENSE))
+    args = dict(
+        depths=(1, 1, 2, 1), embed_dims=(32, 64, 128, 256), num_heads=(1, 2, 4, 8), n_win=4, topks=(1, 4, 8, DENSE)
+    )
     return _create_biformer("biformer_nano", pretrained, **{**args, **kwargs})
 
 
@@ -296,7 +300,5 @@ def biformer_b(pretrained: bool = False, **kwargs: Any) -> BiFormer:
 @register_model
 def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
     """BiFormer-STL, routed attention in the layout of Swin-T."""
-    args = dict(
-        depths=(2, 2, 6, 2), embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 8), mlp_ratio=4.0, stl=True
-    )
+    args = dict(depths=(2, 2, 6, 2), embed_dims=(96, 192, 384, 768), num_heads=(3, 6, 12, 8), mlp_ratio=4.0, stl=True)
     return _create_biformer("biformer_stl", pretrained, **{**args, **kwargs})

@@ -251,7 +251,7 @@ def routed_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; probabilities are recomputed from ``lse``."""
-    B, H, W, heads, d = query.shape
+    B, heads, d = query.shape[0], query.shape[3], query.shape[4]
     dtype = lse.dtype
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     q, o, go, dq = (_by_region(x, q_region) for x in (query, out, grad_out, grads[0]))
@@ -315,9 +315,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _attention_vjp(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = routed_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.q_region, ctx.kv_region, ctx.scale
-    )
+    grads = routed_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.q_region, ctx.kv_region, ctx.scale)
     return (*grads, None, None, None, None)
 
 

@@ -61,7 +61,9 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
         return torch.ops.visionattn.topk_regions(query, key, topk)
     if not torch.compiler.is_compiling():
         if query.dim() not in (3, 4) or query.dim() != key.dim():
-            raise ValueError(f"query and key must both be [B, P, C] or [B, heads, P, C], got {query.shape}, {key.shape}")
+            raise ValueError(
+                f"query and key must both be [B, P, C] or [B, heads, P, C], got {query.shape}, {key.shape}"
+            )
         if not 1 <= topk <= key.shape[-2]:
             raise ValueError(f"topk={topk} must lie in [1, {key.shape[-2]}], the number of key regions")
     query, key = query.detach(), key.detach()

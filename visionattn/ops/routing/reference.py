@@ -48,7 +48,7 @@ def routed_attention(
         split_regions(x.to(dtype), region).permute(0, 5, 1, 2, 3, 4, 6).flatten(4, 5).flatten(2, 3)
         for x, region in ((query, q_region), (key, kv_region), (value, kv_region))
     )
-    P, T = q.shape[2:4]
+    P = q.shape[2]
     index = index.long().expand(B, heads, P, -1)
     K = index.shape[3]
     pick = index.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, k.shape[3] * head_dim)  # [B, heads, P*K, T_k*d]

@@ -1,0 +1,175 @@
+"""Rules of the house that no linter knows: sizes, docstrings, what an import costs and pulls in."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import visionattn
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(visionattn.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+# what a class's own docstring says already
+INHERITED = {"forward", "extra_repr"}
+
+
+def short(path):
+    return str(path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else ROOT))
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=short)
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "tools").rglob("*.py"))], ids=short)
+def test_file_is_short(path):
+    model = path.parent == PACKAGE / "models" and not path.name.startswith("_")
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (600 if model else 400)
+
+
+@EVERY_SOURCE
+def test_functions_are_short(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, FUNCTION):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+def public(node, prefix=""):
+    """Names and nodes of the public classes, functions and methods below a module or class."""
+    for child in node.body:
+        if isinstance(child, FUNCTION | ast.ClassDef) and not child.name.startswith("_"):
+            yield prefix + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{child.name}.")
+
+
+@EVERY_SOURCE
+def test_everything_public_has_a_docstring(path):
+    tree = parse(path)
+    assert ast.get_docstring(tree), "the module has none"
+    bare = [name for name, node in public(tree) if not ast.get_docstring(node)]
+    assert not [name for name in bare if not ("." in name and name.split(".")[1] in INHERITED)]
+
+
+@EVERY_SOURCE
+def test_nothing_prints_but_the_commands(path):
+    if path == PACKAGE / "cli.py" or path.is_relative_to(PACKAGE / "tasks"):
+        pytest.skip("may print")
+    calls = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_every_model_file_is_imported():
+    files = {path.stem for path in (PACKAGE / "models").glob("*.py") if not path.name.startswith("_")}
+    imports = [node for node in ast.walk(parse(PACKAGE / "models" / "__init__.py")) if isinstance(node, ast.ImportFrom)]
+    assert files == {alias.name for node in imports if node.module == "visionattn.models" for alias in node.names}
+
+
+def targets():
+    """Every ``_target_`` of the configs and the files that name it."""
+    found = {}
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        for name in re.findall(r"^[^#\n]*_target_:\s*[\"']?([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found.setdefault(name, []).append(path.name)
+    return found
+
+
+def locate(name):
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:i]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[i:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(name)
+
+
+def test_every_target_of_the_configs_imports():
+    found = targets()
+    assert found, "no config names a _target_"
+    for name, files in found.items():
+        assert callable(locate(name)), f"{name} in {files}"
+
+
+def test_tracked_files_name_no_place_on_a_machine():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    place = re.compile(r"""(?:^|[\s"'`=(,:])(?:/(?:work|home|root|tmp|Users)/\w|[A-Z]:\\\w)""", re.MULTILINE)
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        body = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
+        if b"\0" not in body and (match := place.search(body.decode("utf-8", "replace"))):
+            found.append((name, match[0]))
+    assert not found
+
+
+# importing the package
+
+MEASURE = """
+import json, sys, time
+import timm
+before = set(sys.modules)
+middle = time.perf_counter()
+import visionattn
+end = time.perf_counter()
+everything = sorted(sys.modules)
+print(json.dumps(dict(own=end - middle, new=sorted(set(everything) - before), all=everything)))
+"""
+
+
+def python(program, *options):
+    command = [sys.executable, *options, "-c", program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def imports():
+    results = [python(MEASURE) for _ in range(3)]
+    assert not any(result.returncode for result in results), results[0].stderr
+    return [json.loads(result.stdout) for result in results]
+
+
+@pytest.mark.slow
+def test_import_pulls_in_no_training_library(imports):
+    heavy = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "torchmetrics", "matplotlib"}
+    heavy |= {"mmengine", "mmcv", "mmseg", "mmdet", "segmentation_models_pytorch"}
+    assert not heavy & {name.partition(".")[0] for name in imports[0]["all"]}
+
+
+def test_import_adds_no_triton_module(imports):
+    assert not [name for name in imports[0]["new"] if name.partition(".")[0] == "triton"]
+
+
+def test_import_is_quick_beside_timm(imports):
+    assert min(result["own"] for result in imports) < 0.3
+
+
+def test_import_gives_no_warning():
+    result = python("import visionattn", "-W", "error")
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+
+
+def test_package_works_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None; import visionattn, torch;"
+        "visionattn.create_model('test_biformer')(torch.zeros(2, 3, 64, 64)).sum().backward()"
+    )
+    result = python(program)
+    assert result.returncode == 0, result.stderr
