@@ -1,0 +1,71 @@
+"""Training from the command line: resume after a kill, and what bad input gets."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+SMALL = [
+    "experiment=digits",
+    "model=test_biformer",
+    "trainer.max_epochs=3",
+    "+trainer.limit_train_batches=4",
+    "+trainer.limit_val_batches=2",
+    "data.batch_size=16",
+]
+
+
+def start(folder, *overrides):
+    command = [sys.executable, "-m", "visionattn.cli", "train", *SMALL, f"output_dir={folder}", *overrides]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder)
+
+
+def run(folder, *overrides):
+    process = start(folder, *overrides)
+    output = process.communicate(timeout=300)[0]
+    return process.returncode, output
+
+
+def weights(folder, name):
+    return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_weights(tmp_path):
+    code, output = run(tmp_path, "name=whole")
+    assert code == 0, output
+    process = start(tmp_path, "name=killed")
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.time() + 300
+    while not last.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, output = run(tmp_path, "name=killed", "ckpt_path=last")
+    assert code == 0, output
+    expected, actual = weights(tmp_path, "whole"), weights(tmp_path, "killed")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.model_name=biformer_ss"], "did you mean"),
+        (["model=nothing"], "nothing"),
+        (["data=folder", "data.root=/nowhere"], "no dataset folder"),
+        (["ckpt_path=last"], "no checkpoint"),
+        (["no_such_key=1"], "no_such_key"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, overrides, message):
+    code, output = run(tmp_path, "name=bad", *overrides)
+    assert code == 1
+    assert "error: " in output and message in output and "Traceback" not in output
+    assert not (tmp_path / "bad" / "checkpoints").exists()

@@ -1,0 +1,1 @@
+"""Training tasks on Lightning, and what the command line does with them."""

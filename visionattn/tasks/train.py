@@ -1,0 +1,176 @@
+"""One training run from a composed configuration: data, task, trainer, and the files beside the checkpoints."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import timm
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from timm.data import create_transform, resolve_model_data_config
+from torch.utils.data import DataLoader
+
+import visionattn
+from visionattn.data.pipeline import EpochSampler, Samples, collate
+
+
+class ImageData(lightning.LightningDataModule):
+    """Loaders of the training and validation split.
+
+    Args:
+        config: The ``data`` group.
+        train: Source of training images.
+        val: Source of validation images.
+        defaults: Data configuration of the model (size, mean, std, interpolation, crop).
+        seed: Seed of the run.
+    """
+
+    def __init__(self, config: dict[str, Any], train: Any, val: Any, defaults: dict[str, Any], seed: int):
+        super().__init__()
+        self.config, self.seed = config, seed
+        given = dict(config["transform"])
+        fixed = {k: given.pop(k, v) for k, v in defaults.items()}
+        self.data_config = fixed
+        sized = {k: fixed[k] for k in ("input_size", "mean", "std", "interpolation")}
+        kwargs = dict(seed=seed, on_error=config["on_error"])
+        self.train = Samples(train, create_transform(**sized, **given, is_training=True), **kwargs)
+        self.val = Samples(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
+
+    def _loader(self, samples: Samples, train: bool) -> DataLoader:
+        trainer = self.trainer
+        sampler = EpochSampler(
+            samples, train, self.seed, self.config["repeats"] if train else 1, trainer.global_rank, trainer.world_size
+        )
+        return DataLoader(
+            samples,
+            batch_size=self.config["batch_size"],
+            sampler=sampler,
+            num_workers=self.config["workers"],
+            collate_fn=collate,
+            drop_last=train and len(sampler) > self.config["batch_size"],
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train, True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val, False)
+
+
+class SkippedImages(Callback):
+    """Writes each unreadable image once to ``skipped_images.txt`` in the run's folder."""
+
+    def __init__(self, folder: Path):
+        self.path, self.seen = folder / "skipped_images.txt", set()
+
+    def _note(self, batch: dict[str, Any]) -> None:
+        for note in batch["skipped"]:
+            if note not in self.seen:
+                self.seen.add(note)
+                with self.path.open("a") as file:
+                    file.write(note + "\n")
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._note(batch)
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        self._note(batch)
+
+
+def _checkpoint(config: DictConfig, folder: Path) -> str | None:
+    """The checkpoint to resume from; refuses to write over an existing run."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.ckpt_path is None:
+        if last.exists() and not config.overwrite:
+            raise ValueError(f"{folder} holds a run; resume it with ckpt_path=last, or set name=... or overwrite=true")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return None
+    path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: no checkpoint at {path}; start without ckpt_path")
+    return str(path)
+
+
+def _check_classes(path: str, classes: list[str]) -> None:
+    saved = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]["classes"]
+    if saved != classes:
+        raise ValueError(
+            f"{path} was trained on {len(saved)} classes ({', '.join(saved[:3])}, ...), the data has {len(classes)} "
+            f"({', '.join(classes[:3])}, ...); resume with the same data, or start anew"
+        )
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Train, and write checkpoints, metrics and the resolved configuration to ``output_dir/name``.
+
+    Args:
+        config: ``configs/train.yaml`` with its groups.
+
+    Returns:
+        Metrics of the last validation.
+
+    Raises:
+        ValueError: Settings that do not fit each other, the data or the checkpoint.
+        FileNotFoundError: Missing data or checkpoint.
+    """
+    folder = Path(config.output_dir, config.name)
+    resume = _checkpoint(config, folder)
+    lightning.seed_everything(config.seed, verbose=False)
+    source = hydra.utils.instantiate(config.data.source, split=config.data.train_split)
+    # a folder's validation labels must count the training split's classes
+    known = dict(classes=source.classes) if config.data.source._target_.endswith("ImageFolder") else {}
+    val = hydra.utils.instantiate(config.data.source, split=config.data.val_split, **known)
+    if resume:
+        _check_classes(resume, source.classes)
+    in_chans = config.data.in_chans
+    if not timm.is_model(config.model.model_name.split(".")[0]):
+        visionattn.create_model(config.model.model_name)  # raises with the nearest names
+    model = hydra.utils.instantiate(config.model, _convert_="all", num_classes=len(source.classes), in_chans=in_chans)
+    defaults = resolve_model_data_config(model)
+    data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
+    trainer_args = config.trainer
+    callbacks = [
+        ModelCheckpoint(
+            folder / "checkpoints", "best", monitor="val/top1", mode="max", save_last=True, save_on_train_epoch_end=True
+        ),
+        SkippedImages(folder),
+    ]
+    if sys.stdout.isatty():
+        callbacks.append(RichProgressBar())
+    trainer = hydra.utils.instantiate(
+        trainer_args,
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        logger=[CSVLogger(folder, name="", version="logs"), TensorBoardLogger(folder, name="", version="tensorboard")],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
+    lr = config.task.lr * batch / config.task.lr_batch
+    print(f"effective batch {batch}, learning rate {config.task.lr:g} x {batch}/{config.task.lr_batch} = {lr:g}")
+    settings = {k: v for k, v in config.task.items() if k not in ("_target_", "lr", "lr_batch")}
+    model_args = OmegaConf.to_container(config.model, resolve=True)
+    hparams = dict(
+        model={k: v for k, v in model_args.items() if k not in ("_target_", "pretrained")},
+        classes=source.classes,
+        in_chans=in_chans,
+        data={k: list(v) if isinstance(v, tuple) else v for k, v in data.data_config.items()},
+        versions=dict(torch=str(torch.__version__), timm=timm.__version__, visionattn=visionattn.__version__),
+    )
+    task = hydra.utils.get_class(config.task._target_)(
+        model=model, num_classes=len(source.classes), seed=config.seed, lr=lr, hparams=hparams, **settings
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    (folder / "run.json").write_text(json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
+    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
