@@ -1,5 +1,6 @@
 """Training from the command line: resume after a kill, and what bad input gets."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,11 @@ import time
 
 import pytest
 import torch
+from PIL import Image
+
+from visionattn.cli import main
+from visionattn.tasks.inference import evaluate, load_run
+from visionattn.tasks.train import _check_classes
 
 SMALL = [
     "experiment=digits",
@@ -69,3 +75,40 @@ def test_bad_input_ends_with_one_line(tmp_path, overrides, message):
     assert code == 1
     assert "error: " in output and message in output and "Traceback" not in output
     assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_trained_run_is_evaluated_and_predicts(tmp_path):
+    code, output = run(tmp_path, "name=small")
+    assert code == 0, output
+    folder = tmp_path / "small"
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["classes"] == [str(digit) for digit in range(10)]
+
+    result = evaluate(folder, ["data.batch_size=200"])
+    assert result["images"] == 1000 and 0 <= result["top1"] <= result["top5"] <= 100
+    assert json.loads((folder / "eval.json").read_text()) == result
+
+    Image.new("L", (40, 30), 200).save(tmp_path / "x.png")
+    picture = tmp_path / "out" / "picture.png"
+    main(["predict", str(tmp_path / "x.png"), "--run", str(folder), "--output", str(picture)])
+    assert Image.open(picture).size[0] > 100
+    with pytest.raises(SystemExit, match="no image at"):
+        main(["predict", str(tmp_path / "missing.png"), "--run", str(folder), "--output", str(picture)])
+    (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"broken\.ckpt"):
+        load_run(tmp_path / "broken.ckpt")
+
+
+def test_checkpoint_of_other_classes_is_not_resumed(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"hyper_parameters": {"classes": ["a", "b"]}}, path)
+    with pytest.raises(ValueError, match="2 classes"):
+        _check_classes(str(path), ["a", "b", "c"])
+
+
+def test_list_names_every_model(capsys):
+    main(["list", "biformer_*"])
+    assert "biformer_s" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no model matches"):
+        main(["list", "nothing_*"])
