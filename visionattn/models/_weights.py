@@ -114,7 +114,7 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
             f"{source or variant}: the checkpoint holds objects other than tensors and was not unpickled, since that "
             "could run code; save its state dict as .safetensors with a tool you trust"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        if not source:
+    except Exception as error:  # readers raise a dozen types for damaged files
+        if not source or isinstance(error, TypeError):  # an unknown argument of the constructor
             raise
         raise ValueError(f"cannot load {source} into {variant}: {error}") from error

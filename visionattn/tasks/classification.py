@@ -75,6 +75,7 @@ class Classification(lightning.LightningModule):
         self.save_hyperparameters(hparams)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; the learning rate is set by ``on_train_epoch_start``."""
         optimizer = create_optimizer_v2(self.model, **self.optimizer_args)
         self.schedule = CosineLRScheduler(
             optimizer,
@@ -86,10 +87,12 @@ class Classification(lightning.LightningModule):
         return optimizer
 
     def on_train_epoch_start(self) -> None:
+        """Set the learning rate of the epoch."""
         self.schedule.step(self.current_epoch)
         self.log("lr", max(group["lr"] for group in self.schedule.optimizer.param_groups))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a batch."""
         seed_all(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
         images, labels = batch["image"], batch["label"]
         if self.mixup is not None:
@@ -100,10 +103,12 @@ class Classification(lightning.LightningModule):
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
+        """Update the averaged weights."""
         if self.ema is not None:
             self.ema.update(self.model)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add a batch to the metrics."""
         if not len(batch["label"]):
             return
         logits = self.model(batch["image"])

@@ -57,9 +57,11 @@ class ImageData(lightning.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches."""
         return self._loader(self.train, True)
 
     def val_dataloader(self) -> DataLoader:
+        """Every validation image once, in order."""
         return self._loader(self.val, False)
 
 
@@ -77,9 +79,11 @@ class SkippedImages(Callback):
                     file.write(note + "\n")
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the batch's unreadable images."""
         self._note(batch)
 
     def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        """Note the batch's unreadable images."""
         self._note(batch)
 
 

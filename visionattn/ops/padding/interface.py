@@ -56,5 +56,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     if statically_known_true(height == x.shape[1]) and statically_known_true(width == x.shape[2]):
         return x
     if use_reference():
+        if not torch.compiler.is_compiling() and (height > x.shape[1] or width > x.shape[2]):
+            raise ValueError(f"crop: {height}x{width} is larger than the map {x.shape[1]}x{x.shape[2]}")
         return reference.crop(x, height, width)
     return torch.ops.visionattn.crop(x, height, width)

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 from visionattn.ops.routing import reference
 
 # shares of the size of key and value that a chunk and the float32 gradient sums may take; together below 2
-_CHUNK_SHARE = 0.75
-_SUM_SHARE = 1.0
+_CHUNK_SHARE = 0.5
+_SUM_SHARE = 0.5
 _MIN_ROWS = 16  # query rows of one tile are not cut below this
 
 
@@ -118,7 +118,7 @@ def _scores(q: Tensor, k: Tensor, absent: Tensor, partial: bool) -> Tensor:
     return scores
 
 
-def _check_table(index: Tensor, regions: int) -> bool:
+def check_table(index: Tensor, regions: int) -> bool:
     """Refuse entries that name no region; returns whether any entry is -1."""
     if index.numel() == 0:
         return False
@@ -198,7 +198,7 @@ def routed_attention(
     # [B, heads, rows, columns, rh, rw, 1]: the log-sum-exp as a map with one channel
     lse_by_region = _by_region(lse.permute(0, 2, 3, 1).unsqueeze(-1), q_region)
     P, T, T_k = index.shape[2], math.prod(q_region), math.prod(kv_region)
-    partial = _check_table(index, k.shape[2] * k.shape[3])
+    partial = check_table(index, k.shape[2] * k.shape[3])
     walk = _plan(query, key, index.shape[3], T, T_k, buffers=(4, 3, 1))
     for tile in _tiles(walk, range(B * heads * P), heads, P, T, query.device):
         q_rows = _take(q, tile.batch, tile.head, tile.region, dtype)[:, tile.rows] * scale  # [n, r, d]
@@ -258,7 +258,7 @@ def routed_attention_backward(
     k, v, dk, dv = (_by_region(x, kv_region) for x in (key, value, *grads[1:]))
     maps = [_by_region(x.permute(0, 2, 3, 1).unsqueeze(-1), q_region) for x in (lse, grad_lse)]
     P, P_k, T, T_k = index.shape[2], k.shape[2] * k.shape[3], math.prod(q_region), math.prod(kv_region)
-    partial = _check_table(index, P_k)
+    partial = check_table(index, P_k)
     walk = _plan(query, key, index.shape[3], T, T_k, buffers=(8, 5, 2))
     # float32 sums of the key and value gradients, for as many (image, head) pairs at once as fit
     group = max(1, min(B * heads, int(_SUM_SHARE * B * heads * key.element_size() / dtype.itemsize)))

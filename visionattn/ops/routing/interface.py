@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import use_reference
-from visionattn.ops.routing import eager, reference  # noqa: F401  (eager registers the operators)
+from visionattn.ops.routing import eager, reference
 
 
 def _check_region(name: str, region: tuple[int, int], H: int, W: int) -> None:
@@ -64,10 +64,17 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
             raise ValueError(
                 f"query and key must both be [B, P, C] or [B, heads, P, C], got {query.shape}, {key.shape}"
             )
+        if query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
+            raise ValueError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or channels"
+            )
         if not 1 <= topk <= key.shape[-2]:
             raise ValueError(f"topk={topk} must lie in [1, {key.shape[-2]}], the number of key regions")
     query, key = query.detach(), key.detach()
     if use_reference():
+        if torch.is_autocast_enabled(query.device.type):  # the ranking stays in full precision
+            with torch.autocast(query.device.type, enabled=False):
+                return reference.topk_regions(query, key, topk)
         return reference.topk_regions(query, key, topk)
     return torch.ops.visionattn.topk_regions(query, key, topk)
 
@@ -132,11 +139,13 @@ def routed_attention(
     if kv_region is None:
         kv_region = q_region
     if scale is None:
-        scale = float(query.shape[4]) ** -0.5
+        scale = float(query.shape[-1]) ** -0.5
     if torch.jit.is_scripting():
         return torch.ops.visionattn.routed_attention(query, key, value, index, q_region, kv_region, scale)
     if not torch.compiler.is_compiling():
         _check_attention(query, key, value, index, q_region, kv_region)
     if use_reference():
+        if not torch.compiler.is_compiling():
+            eager.check_table(index, (key.shape[1] // kv_region[0]) * (key.shape[2] // kv_region[1]))
         return reference.routed_attention(query, key, value, index, q_region, kv_region, scale)
     return torch.ops.visionattn.routed_attention(query, key, value, index, q_region, kv_region, scale)

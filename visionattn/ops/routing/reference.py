@@ -50,10 +50,14 @@ def routed_attention(
     )
     P = q.shape[2]
     index = index.long().expand(B, heads, P, -1)
-    K = index.shape[3]
     pick = index.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, k.shape[3] * head_dim)  # [B, heads, P*K, T_k*d]
-    k, v = (x.flatten(3).gather(2, pick).reshape(B, heads, P, -1, head_dim) for x in (k, v))  # [B, heads, P, K*T_k, d]
-    valid = (index >= 0).repeat_interleave(k.shape[3] // max(K, 1), dim=3)[:, :, :, None]  # [B, heads, P, 1, K*T_k]
+    T_k, n = k.shape[3], index.shape[3]
+    k, v = (
+        x.flatten(3).gather(2, pick).reshape(B, heads, P, n * T_k, head_dim) for x in (k, v)
+    )  # [B, heads, P, K*T_k, d]
+    valid = (index >= 0).repeat_interleave(T_k, dim=3)[:, :, :, None]  # [B, heads, P, 1, K*T_k]
+    # zeroed, or an infinite value of region 0 would come through as inf * 0
+    k, v = (x.masked_fill(~valid.transpose(3, 4), 0.0) for x in (k, v))
     empty = ~valid.any(dim=-1, keepdim=True)  # such rows give 0 and no gradient
     scores = (scale * q @ k.transpose(-2, -1)).masked_fill(~valid, float("-inf")).masked_fill(empty, 0.0)
     out = scores.softmax(dim=-1).masked_fill(empty, 0.0) @ v  # [B, heads, P, T, head_dim]
