@@ -88,13 +88,14 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
         ValueError: The checkpoint is damaged, of another architecture, or holds more than tensors.
         RuntimeError: There are no weights, or they cannot be downloaded.
     """
-    source = ""
+    source, url = "", ""
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not cfg.state_dict and not cfg.source:
         if cfg.file:
             source = str(cfg.file)
         elif cfg.url and not cfg.hf_hub_id:
             name = f"{cfg.architecture}.{cfg.tag or 'default'}.pth"
+            url = cfg.url
             source = str(download_weights(cfg.url, name, kwargs.get("cache_dir")))
         if source and not Path(source).is_file():
             raise FileNotFoundError(f"no checkpoint at {source!r}; give the path of a .pth or .safetensors file")
@@ -117,4 +118,6 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
     except Exception as error:  # readers raise a dozen types for damaged files
         if not source or isinstance(error, TypeError):  # an unknown argument of the constructor
             raise
-        raise ValueError(f"cannot load {source} into {variant}: {error}") from error
+        if url:  # a connection that broke leaves a short file, which must not stay in the cache
+            Path(source).unlink(missing_ok=True)
+        raise ValueError(f"cannot load {source}{url and ' from ' + url} into {variant}: {error}") from error

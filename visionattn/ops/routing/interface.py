@@ -65,9 +65,7 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
                 f"query and key must both be [B, P, C] or [B, heads, P, C], got {query.shape}, {key.shape}"
             )
         if query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
-            raise ValueError(
-                f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or channels"
-            )
+            raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} differ in batch, heads or channels")
         if not 1 <= topk <= key.shape[-2]:
             raise ValueError(f"topk={topk} must lie in [1, {key.shape[-2]}], the number of key regions")
     query, key = query.detach(), key.detach()
