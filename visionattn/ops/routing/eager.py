@@ -4,7 +4,8 @@
 runs an online softmax over slices of its region list, and writes the result in place. The backward pass recomputes the
 probabilities from the saved log-sum-exp. So the memory beyond inputs, outputs and gradients stays below twice the size
 of key and value however long the lists are. (One exception: half precision with one or two pairs of image and head,
-where the float32 gradient sums of one pair are already as large.) Without an upper limit the gather would copy key and value ``topk`` times.
+where the float32 gradient sums of one pair are already as large.) Without an upper limit the gather would copy key and
+value ``topk`` times.
 
 Kernels for other devices are added with ``register_kernel`` on the operators below; checks, autograd, autocast, shape
 inference and FLOP formulas stay here.
