@@ -140,6 +140,14 @@ def test_broken_download_is_named_and_leaves_nothing(server, tmp_path, weights, 
     assert_loaded(fetch(server, cache), weights)
 
 
+def test_good_download_survives_a_model_that_it_does_not_fit(server, tmp_path, weights):
+    cache = tmp_path / "cache"
+    assert_loaded(fetch(server, cache), weights)
+    with pytest.raises(ValueError, match="does not fit"):
+        fetch(server, cache, depths=(2, 1, 1, 1))
+    assert os.listdir(cache) == ["test_biformer.untrained.pth"]
+
+
 def test_page_instead_of_weights_is_named(server, tmp_path):
     server.files["/share/content"] = HTML
     with pytest.raises(ValueError, match=r"test_biformer\.untrained\.pth"):

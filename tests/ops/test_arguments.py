@@ -44,6 +44,7 @@ CASES = {
         r"\[B, P, C\].*\[1, 1, 4, 2\]",
     ),
     "topk_channels": (lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), 1), r"\[1, 4, 2\].*\[1, 4, 3\]"),
+    "topk_batch": (lambda: topk_regions(torch.zeros(1, 4, 2), torch.zeros(3, 4, 2), 1), r"\[1, 4, 2\].*\[3, 4, 2\]"),
     "query_region": (lambda: attention(region=(3, 3)), r"q_region=\(3, 3\).*H=4, W=6.*pad_to_multiple"),
     "key_region": (lambda: attention(kv_region=(2, 4)), r"kv_region=\(2, 4\).*H=4, W=6.*pad_to_multiple"),
     "index_dtype": (lambda: attention(index=table(0, 1).long()), r"int32.*got torch.int64"),

@@ -78,10 +78,10 @@ def test_forward_memory_is_bounded(name, dtype, record_property):
 @pytest.mark.parametrize("name", SHAPES)
 def test_backward_memory_is_bounded(name, dtype, record_property):
     args = make(name, dtype)
-    single = dtype == torch.bfloat16 and args[0].shape[0] * args[0].shape[3] <= 2
+    single = dtype == torch.bfloat16 and args[0].shape[0] * args[0].shape[3] == 1
     _, extra = run_metered(OPS.routed_attention_backward, *backward_arguments(*args))
     record_property("share", share := extra / size(*args[1:3]))
-    # one head's float32 gradient sums take 2 shares over the number of (image, head) pairs in half precision
+    # the float32 gradient sums of a single half-precision head alone take 2
     assert share < (BOUND + 2.0 if single else BOUND)
 
 

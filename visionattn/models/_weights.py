@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, load_state_dict
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -49,6 +49,14 @@ def download_weights(url: str, name: str, cache_dir: str | Path | None = None) -
             'pretrained_cfg_overlay=dict(file="..."), or use pretrained=False'
         ) from error
     return path
+
+
+def _readable(path: str) -> bool:
+    """Whether the file itself is a checkpoint, whatever the model wants of it."""
+    try:
+        return isinstance(load_state_dict(path), dict)
+    except Exception:  # readers raise a dozen types for damaged files
+        return False
 
 
 def _checked(filter_fn: Filter, classifier: str) -> Filter:
@@ -118,6 +126,6 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
     except Exception as error:  # readers raise a dozen types for damaged files
         if not source or isinstance(error, TypeError):  # an unknown argument of the constructor
             raise
-        if url:  # a connection that broke leaves a short file, which must not stay in the cache
+        if url and not _readable(source):  # a connection that broke leaves a short file in the cache
             Path(source).unlink(missing_ok=True)
         raise ValueError(f"cannot load {source}{url and ' from ' + url} into {variant}: {error}") from error

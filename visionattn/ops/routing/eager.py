@@ -3,8 +3,9 @@
 ``visionattn::routed_attention`` walks over the query regions in chunks: it gathers the keys and values of one chunk,
 runs an online softmax over slices of its region list, and writes the result in place. The backward pass recomputes the
 probabilities from the saved log-sum-exp. So the memory beyond inputs, outputs and gradients stays below twice the size
-of key and value however long the lists are. (One exception: half precision with one or two pairs of image and head,
-where the float32 gradient sums of one pair are already as large.) Without an upper limit the gather would copy key and
+of key and value however long the lists are. (Exceptions: a single head of a single half-precision
+image, whose float32 gradient sums alone have that size, and regions so large that one of them is a big part of the
+map, where even one gathered region counts.) Without an upper limit the gather would copy key and
 value ``topk`` times.
 
 Kernels for other devices are added with ``register_kernel`` on the operators below; checks, autograd, autocast, shape
@@ -22,8 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 from visionattn.ops.routing import reference
 
 # shares of the size of key and value that a chunk and the float32 gradient sums may take; together below 2
-_CHUNK_SHARE = 0.25
-_SUM_SHARE = 0.5
+_CHUNK_SHARE = 0.75
+_SUM_SHARE = 1.0
 _MIN_ROWS = 16  # query rows of one tile are not cut below this
 
 
@@ -290,6 +291,7 @@ def routed_attention_backward(
         pair = torch.arange(first, last, device=query.device)
         for total, grad in zip(sums, (dk, dv), strict=True):
             grad[pair // heads, pair % heads] = total.view(len(pair), *grad.shape[2:]).to(grad.dtype)
+        del sums, total  # or they would live on beside the next group's
     return grads[0], grads[1], grads[2]
 
 
