@@ -1,5 +1,6 @@
 """Reading images, sources and samplers."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -82,7 +83,6 @@ def test_digits_are_split_without_overlap():
 
 
 def test_huggingface_folder_is_read(tmp_path):
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"image": [Image.new("RGB", (6, 5), (i, 0, 0)) for i in range(4)], "label": [0, 1, 0, 1]}
     part = datasets.Dataset.from_dict(rows, features=features)

@@ -77,6 +77,29 @@ def test_bad_input_ends_with_one_line(tmp_path, overrides, message):
     assert not (tmp_path / "bad" / "checkpoints").exists()
 
 
+def test_bad_data_leaves_the_former_run_alone(tmp_path):
+    last = tmp_path / "old" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"precious")
+    overrides = ["data=folder", f"data.root={tmp_path / 'nowhere'}", f"output_dir={tmp_path}", "name=old"]
+    with pytest.raises(SystemExit, match="holds a run"):
+        main(["train", *overrides])
+    with pytest.raises(SystemExit, match="no dataset folder"):
+        main(["train", *overrides, "overwrite=true"])
+    assert last.read_bytes() == b"precious"
+
+
+@pytest.mark.slow
+def test_averaged_weights_follow_optimizer_steps(tmp_path):
+    accumulated = ["task.ema_decay=0.5", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1"]
+    args = [a for a in SMALL if not a.startswith("trainer.max_epochs")]
+    main(["train", *args, *accumulated, f"output_dir={tmp_path}", "name=ema"])
+    saved = weights(tmp_path, "ema")
+    assert any(key.startswith("ema.module.") for key in saved)
+    own, mean = saved["model.head.fc.weight"], saved["ema.module.head.fc.weight"]
+    assert not torch.equal(own, mean)
+
+
 @pytest.mark.slow
 def test_trained_run_is_evaluated_and_predicts(tmp_path):
     code, output = run(tmp_path, "name=small")

@@ -62,7 +62,8 @@ class Classification(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
-        self.seed, self.epochs, self.peak_lr, self.min_lr = seed, epochs, lr, min_lr
+        self.averaged_steps = 0
+        self.seed, self.epochs, self.min_lr = seed, epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
         self.optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
         self.mixup = None
@@ -91,20 +92,23 @@ class Classification(lightning.LightningModule):
         self.schedule.step(self.current_epoch)
         self.log("lr", max(group["lr"] for group in self.schedule.optimizer.param_groups))
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of a batch."""
         seed_all(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
         images, labels = batch["image"], batch["label"]
         if self.mixup is not None:
             even = len(images) // 2 * 2  # timm pairs the images of a batch
+            if even == 0:
+                return None
             images, labels = self.mixup(images[:even].clone(), labels[:even])
         loss = self.loss(self.model(images), labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Update the averaged weights."""
-        if self.ema is not None:
+        """Update the averaged weights, once for each step of the optimizer however many batches it took."""
+        if self.ema is not None and self.global_step > self.averaged_steps:
+            self.averaged_steps = self.global_step
             self.ema.update(self.model)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

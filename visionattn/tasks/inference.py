@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import visionattn
 from visionattn.data.images import read_image
 from visionattn.data.pipeline import EpochSampler, Samples, collate
+from visionattn.tasks.train import write_text
 
 
 @dataclass
@@ -128,9 +129,7 @@ def evaluate(run: Path, overrides: list[str]) -> dict[str, Any]:
         images_per_second=images / (time.perf_counter() - start),
         device=device,
     )
-    temporary = run / "eval.json.part"
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.rename(run / "eval.json")
+    write_text(run / "eval.json", json.dumps(result, indent=1))
     return result
 
 

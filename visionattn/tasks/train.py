@@ -12,6 +12,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
@@ -87,13 +88,19 @@ class SkippedImages(Callback):
         self._note(batch)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def _checkpoint(config: DictConfig, folder: Path) -> str | None:
     """The checkpoint to resume from; refuses to write over an existing run."""
     last = folder / "checkpoints" / "last.ckpt"
     if config.ckpt_path is None:
         if last.exists() and not config.overwrite:
             raise ValueError(f"{folder} holds a run; resume it with ckpt_path=last, or set name=... or overwrite=true")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return None
     path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
     if not path.is_file():
@@ -138,7 +145,6 @@ def train(config: DictConfig) -> dict[str, float]:
     model = hydra.utils.instantiate(config.model, _convert_="all", num_classes=len(source.classes), in_chans=in_chans)
     defaults = resolve_model_data_config(model)
     data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
-    trainer_args = config.trainer
     callbacks = [
         ModelCheckpoint(
             folder / "checkpoints", "best", monitor="val/top1", mode="max", save_last=True, save_on_train_epoch_end=True
@@ -148,7 +154,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if sys.stdout.isatty():
         callbacks.append(RichProgressBar())
     trainer = hydra.utils.instantiate(
-        trainer_args,
+        config.trainer,
         default_root_dir=str(folder),
         callbacks=callbacks,
         logger=[CSVLogger(folder, name="", version="logs"), TensorBoardLogger(folder, name="", version="tensorboard")],
@@ -158,7 +164,9 @@ def train(config: DictConfig) -> dict[str, float]:
     )
     batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
     lr = config.task.lr * batch / config.task.lr_batch
-    print(f"effective batch {batch}, learning rate {config.task.lr:g} x {batch}/{config.task.lr_batch} = {lr:g}")
+    rank_zero_info(
+        f"effective batch {batch}, learning rate {config.task.lr:g} x {batch}/{config.task.lr_batch} = {lr:g}"
+    )
     settings = {k: v for k, v in config.task.items() if k not in ("_target_", "lr", "lr_batch")}
     model_args = OmegaConf.to_container(config.model, resolve=True)
     hparams = dict(
@@ -171,10 +179,14 @@ def train(config: DictConfig) -> dict[str, float]:
     task = hydra.utils.get_class(config.task._target_)(
         model=model, num_classes=len(source.classes), seed=config.seed, lr=lr, hparams=hparams, **settings
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    (folder / "run.json").write_text(json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume is None:  # nothing is deleted before the data and the settings have proved usable
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_text(folder / "run.json", json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    if trainer.is_global_zero:
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
