@@ -2,20 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-.venv/installed: pyproject.toml constraints.txt
+# installed-train and installed-dev: the package with that extra, in the tested versions
+.venv/installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "visionattn needs Python 3.11 or newer; say which with make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
 	@touch $@
 
-test: .venv/installed
+demo: .venv/installed-train
+	$(BIN)/visionattn demo --output outputs/demo
+
+test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

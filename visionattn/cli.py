@@ -1,17 +1,12 @@
-"""The command ``visionattn``: ``list``, ``train``, ``eval`` and ``predict``."""
+"""The command ``visionattn``."""
 
 import argparse
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import visionattn
-
-
-def config_folder() -> Path:
-    """The configurations: inside an installed package, or beside it in a checkout."""
-    package = Path(visionattn.__file__).parent
-    return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -35,39 +30,65 @@ def _need_training_packages() -> None:
 def train_command(args: argparse.Namespace) -> None:
     """Compose the configuration and train."""
     _need_training_packages()
-    import hydra
-
+    from visionattn.tasks.config import compose
     from visionattn.tasks.train import train
 
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = hydra.compose("train", overrides=args.overrides)
+    config = compose(args.overrides)
+    if args.show:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config, resolve=False))
+        return
     for name, value in train(config).items():
         print(f"{name} {value:.4f}")
 
 
 def eval_command(args: argparse.Namespace) -> None:
-    """Evaluate a run's best checkpoint; prints JSON and writes it beside the run."""
+    """Evaluate a run's best checkpoint, or a model with any weights; prints JSON and writes it."""
     _need_training_packages()
-    import json
+    from visionattn.tasks.config import write_text
+    from visionattn.tasks.inference import evaluate_model, evaluate_run
 
-    from visionattn.tasks.inference import evaluate
-
-    print(json.dumps(evaluate(Path(args.run_folder), args.overrides), indent=1))
+    runs = [text for text in args.arguments if "=" not in text]
+    overrides = [text for text in args.arguments if "=" in text]
+    if len(runs) + (args.model is not None) != 1:
+        raise ValueError("give either one RUN folder or --model NAME, and changes of the form key=value")
+    if args.model:
+        result, output = evaluate_model(args.model, args.checkpoint, overrides), args.output
+    else:
+        result = evaluate_run(runs[0], overrides, {"best": None, "averaged": True, "trained": False}[args.weights])
+        output = args.output or (Path(runs[0], "eval.json") if Path(runs[0]).is_dir() else None)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if output:
+        write_text(Path(output), text + "\n")
 
 
 def predict_command(args: argparse.Namespace) -> None:
     """Print the most likely classes of pictures and draw them."""
     _need_training_packages()
+    from visionattn.data.images import read_image
     from visionattn.tasks.inference import draw, load_model, load_run, predict
 
     if (args.run_folder is None) == (args.model is None):
         raise ValueError("give either --run FOLDER or --model NAME")
+    if args.topk < 1:
+        raise ValueError(f"--topk {args.topk}: expected at least 1")
     classifier = load_run(args.run_folder) if args.run_folder else load_model(args.model, args.checkpoint)
-    results = predict(classifier, args.images, args.topk)
+    images = [read_image(path, classifier.in_chans, exif=True) for path in args.images]
+    results = predict(classifier, images, args.topk)
     for path, result in zip(args.images, results, strict=True):
         print(path, ", ".join(f"{name} {probability:.1%}" for name, probability in result))
-    draw(args.images, results, classifier.in_chans, Path(args.output))
+    draw(images, [f"{result[0][0]}  {result[0][1]:.0%}" for result in results], Path(args.output))
     print(f"picture: {args.output}")
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """Train a small BiFormer on embedded digits beside a baseline and a timm model."""
+    _need_training_packages()
+    from visionattn.tasks.demo import demo
+
+    print(demo(Path(args.output), args.overrides))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,12 +99,32 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("list", help="list the backbones")
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'biformer_*'")
     command.set_defaults(run=list_command)
+    command = commands.add_parser("demo", help="train on real digits, evaluate, draw: a few minutes on a CPU")
+    command.add_argument("--output", default="outputs/demo", help="folder to write (default outputs/demo)")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes of both trainings, like seed=1")
+    command.set_defaults(run=demo_command)
     command = commands.add_parser("train", help="train from a configuration, for example: experiment=digits")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of configs/train.yaml")
+    command.add_argument("--show", action="store_true", help="print the composed configuration and stop")
     command.set_defaults(run=train_command)
-    command = commands.add_parser("eval", help="top-1, top-5 and throughput of a run on its validation split")
-    command.add_argument("run_folder", metavar="RUN", help="folder of the run, for example outputs/digits")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes, for example data.root=DIR")
+    command = commands.add_parser(
+        "eval",
+        help="top-1, top-5 and throughput on a validation split",
+        description="Of a run: visionattn eval outputs/digits [key=value ...]. Of a model with published weights or "
+        "those of a file: visionattn eval --model biformer_s [--checkpoint FILE] data.root=DIR [key=value ...].",
+    )
+    command.add_argument(
+        "arguments", nargs="*", metavar="RUN | key=value", help="folder of a run; changes like data.root=DIR"
+    )
+    command.add_argument("--model", help="a registered model with pretrained weights instead of a run")
+    command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
+    command.add_argument(
+        "--weights",
+        choices=("best", "averaged", "trained"),
+        default="best",
+        help="of a run with moving averages: those it validated (default), the averaged or the trained weights",
+    )
+    command.add_argument("--output", help="JSON file to write (default for a run: RUN/eval.json)")
     command.set_defaults(run=eval_command)
     command = commands.add_parser("predict", help="classify pictures")
     command.add_argument("images", nargs="+", metavar="IMAGE")
@@ -93,14 +134,23 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
     command.add_argument("--output", default="prediction.png", help="picture to write (default prediction.png)")
     command.set_defaults(run=predict_command)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives positional arguments that stand behind an option back as unknown
+    listed = next((name for name in ("arguments", "overrides", "images") if hasattr(args, name)), None)
+    if rest and (listed is None or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if listed:
+        setattr(args, listed, getattr(args, listed) + rest)
     try:
         args.run(args)
     except Exception as error:
         user_error = isinstance(error, ValueError | FileNotFoundError | ImportError)
         if not user_error and type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
             raise
-        sys.exit(f"error: {error}")
+        text = str(error).strip()
+        if "Original Traceback" in text:  # from a worker process of the data loader
+            text = text.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error: {text}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,19 @@ from PIL import Image, ImageOps
 _MODES = {1: "L", 3: "RGB"}
 
 
+def check_channels(in_chans: int) -> None:
+    """Refuse a number of channels that no picture has.
+
+    Raises:
+        ValueError: ``in_chans`` is neither 1 nor 3.
+    """
+    if in_chans not in _MODES:
+        raise ValueError(
+            f"in_chans={in_chans}: pictures have 1 (grey) or 3 (RGB) channels; "
+            "set data.in_chans to 1 or 3, or write a source of images for other data"
+        )
+
+
 def as_mode(image: Image.Image, in_chans: int) -> Image.Image:
     """Convert a picture to 1 or 3 channels of 8 bits.
 
@@ -24,11 +37,7 @@ def as_mode(image: Image.Image, in_chans: int) -> Image.Image:
     Raises:
         ValueError: ``in_chans`` is neither 1 nor 3.
     """
-    if in_chans not in _MODES:
-        raise ValueError(
-            f"in_chans={in_chans}: pictures have 1 (grey) or 3 (RGB) channels; "
-            "set in_chans to 1 or 3, or write a dataset for multi-channel data"
-        )
+    check_channels(in_chans)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         low, high = (0.0, 65535.0) if image.mode.startswith("I") else (values.min(), values.max())

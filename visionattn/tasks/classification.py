@@ -37,6 +37,7 @@ class Classification(lightning.LightningModule):
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
         ema_decay: Decay of an exponential moving average of the weights.
+        ema_eval: Validate the averaged weights instead of the trained ones (and so choose the best checkpoint by them).
         hparams: Plain values that a checkpoint keeps under ``hyper_parameters``.
     """
 
@@ -57,11 +58,13 @@ class Classification(lightning.LightningModule):
         mixup: float,
         cutmix: float,
         ema_decay: float | None,
+        ema_eval: bool,
         hparams: dict[str, Any],
     ):
         super().__init__()
         self.model = model
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+        self.ema_eval = ema_eval
         self.averaged_steps = 0
         self.seed, self.epochs, self.min_lr = seed, epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
@@ -86,6 +89,10 @@ class Classification(lightning.LightningModule):
             warmup_lr_init=self.warmup_lr,
         )
         return optimizer
+
+    def on_train_start(self) -> None:
+        """Count optimizer steps from where a resumed run stands."""
+        self.averaged_steps = self.global_step
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
@@ -115,7 +122,8 @@ class Classification(lightning.LightningModule):
         """Add a batch to the metrics."""
         if not len(batch["label"]):
             return
-        logits = self.model(batch["image"])
+        model = self.ema.module if self.ema is not None and self.ema_eval else self.model
+        logits = model(batch["image"])
         for name, metric in (("val/top1", self.top1), ("val/top5", self.top5)):
             metric(logits, batch["label"])
             self.log(name, metric, prog_bar=True, batch_size=len(batch["label"]))

@@ -1,6 +1,8 @@
 """Using a trained classifier: evaluation on a split, and predictions for pictures."""
 
-import json
+import hashlib
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +10,20 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import OmegaConf
-from timm.data import create_transform, resolve_model_data_config
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from PIL import Image
+from rich.progress import track
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 import visionattn
-from visionattn.data.images import read_image
+from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
-from visionattn.tasks.train import write_text
+from visionattn.tasks.config import compose
+
+_BATCH = 32  # pictures predicted at once
 
 
 @dataclass
@@ -29,20 +35,22 @@ class Classifier:
     classes: list[str]
     in_chans: int
     data_config: dict[str, Any]
+    checkpoint: str | None
 
 
-def load_run(run: str | Path) -> Classifier:
+def load_run(run: str | Path, averaged: bool | None = None) -> Classifier:
     """Load the best checkpoint of a run.
 
     Args:
         run: Folder of the run, or a checkpoint file.
+        averaged: Take the averaged weights rather than the trained ones; by default those that the run validated.
 
     Returns:
         The classifier in evaluation mode.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The file is no checkpoint of a training run.
+        ValueError: The file is no checkpoint of a training run, or has no averaged weights.
     """
     path = Path(run)
     path = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
@@ -52,52 +60,145 @@ def load_run(run: str | Path) -> Classifier:
         content = torch.load(path, map_location="cpu", weights_only=True)
         hparams, weights = content["hyper_parameters"], content["state_dict"]
         model_args, classes = dict(hparams["model"]), hparams["classes"]
+        name = model_args.pop("model_name")
     except Exception as error:  # torch raises a dozen types for damaged files
         raise ValueError(f"{path} is no checkpoint of a training run, or damaged ({type(error).__name__})") from error
-    name = model_args.pop("model_name")
+    prefix = "ema.module." if (hparams.get("averaged", False) if averaged is None else averaged) else "model."
+    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not weights:
+        raise ValueError(f"{path} has no averaged weights; train with task.ema_decay=0.9999, or evaluate without them")
     model = visionattn.create_model(name, **model_args, num_classes=len(classes), in_chans=hparams["in_chans"])
-    model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-    return Classifier(name, model.eval(), classes, hparams["in_chans"], hparams["data"])
+    model.load_state_dict(weights)
+    return Classifier(name, model.eval(), classes, hparams["in_chans"], hparams["data"], str(path))
 
 
-def load_model(name: str, checkpoint: str | None, classes: list[str] | None = None) -> Classifier:
+def load_model(
+    name: str, checkpoint: str | None = None, classes: list[str] | None = None, in_chans: int = 3
+) -> Classifier:
     """Create a registered model with its published weights or a checkpoint file.
 
     Args:
-        name: timm name.
-        checkpoint: File of weights; the published ones by default.
-        classes: Class names in label order; numbers by default.
+        name: timm name, with or without a tag.
+        checkpoint: File of weights, .pth or .safetensors; the published ones by default.
+        classes: Class names in label order; by default ImageNet's for 1000 classes, else numbers.
+        in_chans: Channels of the images; timm adapts the first layer of weights for others.
 
     Returns:
         The classifier in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: An unknown name, or weights of another model or number of classes.
     """
-    overlay = dict(file=checkpoint) if checkpoint else None
-    model = visionattn.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    classes = classes or [str(i) for i in range(model.num_classes)]
-    return Classifier(name, model.eval(), classes, model.in_chans, resolve_model_data_config(model))
+    sized: dict[str, Any] = dict(num_classes=len(classes)) if classes else {}
+    overlay: dict[str, Any] = {**sized, "file": checkpoint} if checkpoint else {}
+    model: Any = visionattn.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=in_chans, **(sized if checkpoint else {})
+    )
+    count, cfg = model.num_classes, model.pretrained_cfg
+    if classes and len(classes) != count:
+        raise ValueError(f"the weights of {name} know {count} classes, the data has {len(classes)}; fine-tune it first")
+    full_name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
+    if classes is None and count == 1000:
+        labels = ImageNetInfo("imagenet-1k")
+        classes = [labels.index_to_description(i) for i in range(count)]
+    classes = classes or [str(i) for i in range(count)]
+    return Classifier(full_name, model.eval(), classes, in_chans, resolve_model_data_config(model), checkpoint)
 
 
-@torch.inference_mode()
-def evaluate(run: Path, overrides: list[str]) -> dict[str, Any]:
-    """Top-1 and top-5 of a run's best checkpoint on its validation split.
+def _changed(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration with ``key=value`` changes; unknown keys are errors, but for arguments of the transform."""
+    OmegaConf.set_struct(config, True)
+    OmegaConf.set_struct(config.data.transform, False)
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if not value or isinstance(config.get(key), DictConfig):
+            raise ValueError(f"{text!r}: a run is evaluated with changes of single values, for example data.root=DIR")
+    changes = OmegaConf.from_dotlist([text.lstrip("+") for text in overrides])
+    return OmegaConf.merge(config, changes)  # type: ignore[return-value]
+
+
+def evaluate_run(run: str | Path, overrides: list[str], averaged: bool | None = None) -> dict[str, Any]:
+    """Evaluate a run on its validation split.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run (its best checkpoint), or one of its checkpoint files.
         overrides: ``key=value`` changes to its configuration, for example ``data.root=...``.
+        averaged: As in ``load_run``.
 
     Returns:
-        Metrics, throughput, and what was measured.
+        As ``evaluate``.
 
     Raises:
         FileNotFoundError: The run or its data are missing.
+        ValueError: A change of a key that the configuration does not have.
     """
-    classifier = load_run(run)
-    config = OmegaConf.load(run / "config.yaml")
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
-    known = dict(classes=classifier.classes) if config.data.source._target_.endswith("ImageFolder") else {}
+    classifier = load_run(run, averaged)
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"no config.yaml in {folder}; give the folder of a run")
+    config = _changed(OmegaConf.load(folder / "config.yaml"), overrides)  # type: ignore[arg-type]
+    return evaluate(classifier, config, _validation(config, classifier.classes))
+
+
+def evaluate_model(name: str, checkpoint: str | None, overrides: list[str]) -> dict[str, Any]:
+    """Evaluate a registered model with published weights, or with those of a file, on the validation split of a set.
+
+    Args:
+        name: timm name, with or without a tag.
+        checkpoint: File of weights; the published ones by default.
+        overrides: Changes to ``configs/train.yaml``, for example ``["data=folder", "data.root=DIR"]``.
+
+    Returns:
+        As ``evaluate``.
+
+    Raises:
+        FileNotFoundError: The weights or the data are missing.
+        ValueError: An unknown name, or weights that do not fit the model or the number of classes.
+    """
+    config = compose(overrides)
+    source = _validation(config, None)
+    check_channels(config.data.in_chans)
+    classifier = load_model(name, checkpoint, source.classes, config.data.in_chans)
+    return evaluate(classifier, config, source)
+
+
+def _validation(config: DictConfig, classes: list[str] | None) -> Any:
+    known = dict(classes=classes) if classes and config.data.source._target_.endswith("ImageFolder") else {}
     source = hydra.utils.instantiate(config.data.source, split=config.data.val_split, **known)
-    transform = create_transform(**classifier.data_config, is_training=False)
-    samples = Samples(source, transform, config.seed, config.data.on_error, replace=False)
+    if classes and source.classes != classes:
+        raise ValueError(
+            f"the model was trained on {len(classes)} classes ({', '.join(classes[:3])}, ...), the data has "
+            f"{len(source.classes)} ({', '.join(source.classes[:3])}, ...); evaluate on the same classes"
+        )
+    return source
+
+
+def _sha256(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@torch.inference_mode()
+def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[str, Any]:
+    """Top-1 and top-5 in percent, and images per second with reading and transforms.
+
+    Args:
+        classifier: From ``load_run`` or ``load_model``.
+        config: Composed configuration, of which the ``data`` group counts; its ``transform`` may change ``input_size``,
+            ``crop_pct``, ``interpolation``, ``mean`` and ``std``.
+        source: Images and labels.
+
+    Returns:
+        Metrics, and what was measured with which weights.
+    """
+    data = {k: config.data.transform.get(k, v) for k, v in classifier.data_config.items()}
+    data = {k: tuple(v) if isinstance(v, ListConfig | list) else v for k, v in data.items()}
+    samples = Samples(
+        source, create_transform(**data, is_training=False), config.seed, config.data.on_error, replace=False
+    )
     loader = DataLoader(
         samples,
         batch_size=config.data.batch_size,
@@ -109,77 +210,81 @@ def evaluate(run: Path, overrides: list[str]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classifier.model.to(device)
     metrics = [MulticlassAccuracy(count, top_k=k, average="micro").to(device) for k in (1, min(5, count))]
-    images, skipped, start = 0, 0, time.perf_counter()
-    for batch in loader:
-        skipped += len(batch["skipped"])
+    images, skipped, start = 0, [], time.perf_counter()
+    for batch in track(loader, description="evaluating", transient=True, disable=not sys.stderr.isatty()):
+        skipped += batch["skipped"]
         if len(batch["label"]):
             logits = classifier.model(batch["image"].to(device))
             for metric in metrics:
                 metric.update(logits, batch["label"].to(device))
             images += len(logits)
-    result = dict(
-        model=classifier.name,
-        run=str(run),
+    if not images:
+        raise ValueError(f"none of the {len(source)} images can be read; the first error: {skipped[0]}")
+    return dict(
+        name=classifier.name,
+        checkpoint=classifier.checkpoint,
+        checkpoint_sha256=_sha256(classifier.checkpoint),
         data=str(config.data.source._target_).rsplit(".", 1)[-1],
         split=config.data.val_split,
+        classes=count,
         images=images,
-        skipped=skipped,
+        skipped=len(skipped),
+        skipped_images=skipped,
         top1=100 * float(metrics[0].compute()),
         top5=100 * float(metrics[1].compute()),
+        input_size=list(data["input_size"]),
         images_per_second=images / (time.perf_counter() - start),
-        device=device,
+        device=torch.cuda.get_device_name() if device == "cuda" else device,
     )
-    write_text(run / "eval.json", json.dumps(result, indent=1))
-    return result
 
 
 @torch.inference_mode()
-def predict(classifier: Classifier, paths: list[str], topk: int) -> list[list[tuple[str, float]]]:
+def predict(classifier: Classifier, images: list[Image.Image], topk: int) -> list[list[tuple[str, float]]]:
     """The most likely classes of each picture.
 
     Args:
         classifier: From ``load_run`` or ``load_model``.
-        paths: Image files.
+        images: Pictures of any size, with the classifier's number of channels (``read_image``).
         topk: Classes per picture.
 
     Returns:
         For each picture ``(class, probability)``, best first.
-
-    Raises:
-        FileNotFoundError: A picture is missing.
-        ValueError: A picture cannot be read.
     """
     transform = create_transform(**classifier.data_config, is_training=False)
     results = []
-    for path in paths:
-        image = transform(read_image(path, classifier.in_chans))
-        top = classifier.model(image[None]).softmax(dim=1)[0].topk(min(topk, len(classifier.classes)))
-        results.append(
-            [(classifier.classes[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
-        )
+    for i in range(0, len(images), _BATCH):
+        logits = classifier.model(torch.stack([transform(image) for image in images[i : i + _BATCH]]))
+        top = logits.softmax(dim=1).topk(min(topk, len(classifier.classes)))
+        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            results.append([(classifier.classes[i], p) for p, i in zip(values, indices, strict=True)])
     return results
 
 
-def draw(paths: list[str], results: list[list[tuple[str, float]]], in_chans: int, output: Path) -> None:
-    """Write a contact sheet of pictures with their best class.
+def draw(images: list[Image.Image], titles: list[str], output: Path, colors: list[str] | None = None) -> None:
+    """Write a contact sheet.
 
     Args:
-        paths: Image files.
-        results: From ``predict``.
-        in_chans: Channels that the pictures are read with.
+        images: Pictures.
+        titles: What stands above each.
         output: PNG file; written under a temporary name and renamed.
+        colors: Colour of each title; black by default.
     """
     from matplotlib.figure import Figure
 
-    columns = min(len(paths), 8)
-    rows = -(-len(paths) // columns)
-    figure = Figure(figsize=(2 * columns, 2.3 * rows), layout="constrained")
-    for i, (path, result) in enumerate(zip(paths, results, strict=True)):
+    columns = min(len(images), 8)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.8 * columns, 2.1 * rows), layout="constrained")
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(read_image(path, in_chans), cmap="gray")
-        axes.set_title(f"{result[0][0]}  {result[0][1]:.0%}", fontsize=9)
+        axes.imshow(image, cmap="gray")
+        axes.set_title(title, fontsize=9, color=colors[i] if colors else "black")
         axes.axis("off")
+    save_figure(figure, output)
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write a matplotlib figure as PNG under a temporary name and rename it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".part")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.rename(output)
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.part")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(output)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import hydra
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
 
 import visionattn
+from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
+from visionattn.tasks.callbacks import EpochLines, SkippedImages
+from visionattn.tasks.config import write_text
 
 
 class ImageData(lightning.LightningDataModule):
@@ -66,35 +69,6 @@ class ImageData(lightning.LightningDataModule):
         return self._loader(self.val, False)
 
 
-class SkippedImages(Callback):
-    """Writes each unreadable image once to ``skipped_images.txt`` in the run's folder."""
-
-    def __init__(self, folder: Path):
-        self.path, self.seen = folder / "skipped_images.txt", set()
-
-    def _note(self, batch: dict[str, Any]) -> None:
-        for note in batch["skipped"]:
-            if note not in self.seen:
-                self.seen.add(note)
-                with self.path.open("a") as file:
-                    file.write(note + "\n")
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the batch's unreadable images."""
-        self._note(batch)
-
-    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
-        """Note the batch's unreadable images."""
-        self._note(batch)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _checkpoint(config: DictConfig, folder: Path) -> str | None:
     """The checkpoint to resume from; refuses to write over an existing run."""
     last = folder / "checkpoints" / "last.ckpt"
@@ -140,6 +114,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if resume:
         _check_classes(resume, source.classes)
     in_chans = config.data.in_chans
+    check_channels(in_chans)
     if not timm.is_model(config.model.model_name.split(".")[0]):
         visionattn.create_model(config.model.model_name)  # raises with the nearest names
     model = hydra.utils.instantiate(config.model, _convert_="all", num_classes=len(source.classes), in_chans=in_chans)
@@ -150,14 +125,17 @@ def train(config: DictConfig) -> dict[str, float]:
             folder / "checkpoints", "best", monitor="val/top1", mode="max", save_last=True, save_on_train_epoch_end=True
         ),
         SkippedImages(folder),
+        EpochLines(),
     ]
-    if sys.stdout.isatty():
+    terminal = sys.stdout.isatty()
+    if terminal:
         callbacks.append(RichProgressBar())
     trainer = hydra.utils.instantiate(
         config.trainer,
         default_root_dir=str(folder),
         callbacks=callbacks,
-        logger=[CSVLogger(folder, name="", version="logs"), TensorBoardLogger(folder, name="", version="tensorboard")],
+        logger=list(hydra.utils.instantiate(config.logger).values()),
+        enable_progress_bar=terminal,
         use_distributed_sampler=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -174,17 +152,21 @@ def train(config: DictConfig) -> dict[str, float]:
         classes=source.classes,
         in_chans=in_chans,
         data={k: list(v) if isinstance(v, tuple) else v for k, v in data.data_config.items()},
+        averaged=bool(config.task.ema_decay and config.task.ema_eval),
         versions=dict(torch=str(torch.__version__), timm=timm.__version__, visionattn=visionattn.__version__),
     )
     task = hydra.utils.get_class(config.task._target_)(
         model=model, num_classes=len(source.classes), seed=config.seed, lr=lr, hparams=hparams, **settings
     )
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
         if resume is None:  # nothing is deleted before the data and the settings have proved usable
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / "skipped_images.txt").unlink(missing_ok=True)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         write_text(folder / "run.json", json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
+    # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
+    warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:

@@ -1,0 +1,76 @@
+"""What happens beside a training run: progress lines, and the list of unreadable images."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+_BATCH_LINE_SECONDS = 60  # long epochs report that often
+
+
+class SkippedImages(Callback):
+    """Writes each unreadable image once to ``skipped_images.txt`` in the run's folder.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.seen = folder / "skipped_images.txt", set[str]()
+
+    def _note(self, batch: dict[str, Any]) -> None:
+        new = [note for note in dict.fromkeys(batch["skipped"]) if note not in self.seen]
+        if new:
+            self.seen.update(new)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(note + "\n" for note in new)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the batch's unreadable images."""
+        self._note(batch)
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        """Note the batch's unreadable images."""
+        self._note(batch)
+
+    def on_fit_end(self, trainer: Any, module: Any) -> None:
+        """Say how many there were."""
+        if self.seen:
+            rank_zero_info(f"{len(self.seen)} unreadable images were skipped, listed in {self.path}")
+
+
+class EpochLines(Callback):
+    """One line of progress an epoch, and one a minute inside long epochs; logs each epoch's seconds."""
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        """Start the clocks."""
+        self.start = self.last = time.perf_counter()
+        self.images = 0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the images; a line once a minute."""
+        self.images += len(batch["label"])
+        now = time.perf_counter()
+        if now - self.last > _BATCH_LINE_SECONDS:
+            self.last = now
+            speed = self.images * trainer.world_size / (now - self.start)
+            rank_zero_info(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: "
+                f"batch {batch_idx + 1}/{trainer.num_training_batches}, {speed:.0f} images/s"
+            )
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """The epoch's line."""
+        seconds = time.perf_counter() - self.start
+        module.log("epoch_seconds", seconds)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
+        parts += [
+            f"{name} {metrics[key]:.1%}"
+            for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"))
+            if key in metrics
+        ]
+        parts += [f"lr {metrics['lr']:.2g}"] if "lr" in metrics else []
+        rank_zero_info(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}, {seconds:.1f} s")
