@@ -55,6 +55,8 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     expected, actual = weights(tmp_path, "whole"), weights(tmp_path, "killed")
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    logs = sorted(path.name for path in (tmp_path / "killed" / "logs").glob("*.csv"))
+    assert logs == ["metrics.csv", "metrics_before_1.csv"]  # nothing of the killed run's log is lost
 
 
 @pytest.mark.slow

@@ -91,6 +91,39 @@ def _check_classes(path: str, classes: list[str]) -> None:
         )
 
 
+def _trainer(config: DictConfig, folder: Path) -> lightning.Trainer:
+    callbacks = [
+        ModelCheckpoint(
+            folder / "checkpoints", "best", monitor="val/top1", mode="max", save_last=True, save_on_train_epoch_end=True
+        ),
+        SkippedImages(folder),
+        EpochLines(),
+    ]
+    terminal = sys.stdout.isatty()
+    if terminal:
+        callbacks.append(RichProgressBar())
+    return hydra.utils.instantiate(
+        config.trainer,
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        logger=list(hydra.utils.instantiate(config.logger).values()),
+        enable_progress_bar=terminal,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _prepare(folder: Path, resume: str | None) -> None:
+    """Make room for the files of a run; called when data and settings have proved usable."""
+    if resume is None:
+        for name in ("checkpoints", "logs", "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "skipped_images.txt").unlink(missing_ok=True)
+    elif (log := folder / "logs" / "metrics.csv").is_file():  # the logger would begin it anew
+        log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('*.csv')))}.csv"))
+
+
 def train(config: DictConfig) -> dict[str, float]:
     """Train, and write checkpoints, metrics and the resolved configuration to ``output_dir/name``.
 
@@ -120,26 +153,7 @@ def train(config: DictConfig) -> dict[str, float]:
     model = hydra.utils.instantiate(config.model, _convert_="all", num_classes=len(source.classes), in_chans=in_chans)
     defaults = resolve_model_data_config(model)
     data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
-    callbacks = [
-        ModelCheckpoint(
-            folder / "checkpoints", "best", monitor="val/top1", mode="max", save_last=True, save_on_train_epoch_end=True
-        ),
-        SkippedImages(folder),
-        EpochLines(),
-    ]
-    terminal = sys.stdout.isatty()
-    if terminal:
-        callbacks.append(RichProgressBar())
-    trainer = hydra.utils.instantiate(
-        config.trainer,
-        default_root_dir=str(folder),
-        callbacks=callbacks,
-        logger=list(hydra.utils.instantiate(config.logger).values()),
-        enable_progress_bar=terminal,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = _trainer(config, folder)
     batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
     lr = config.task.lr * batch / config.task.lr_batch
     rank_zero_info(
@@ -159,9 +173,7 @@ def train(config: DictConfig) -> dict[str, float]:
         model=model, num_classes=len(source.classes), seed=config.seed, lr=lr, hparams=hparams, **settings
     )
     if trainer.is_global_zero:
-        if resume is None:  # nothing is deleted before the data and the settings have proved usable
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            (folder / "skipped_images.txt").unlink(missing_ok=True)
+        _prepare(folder, resume)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         write_text(folder / "run.json", json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
     # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
