@@ -1,5 +1,6 @@
 """Training from the command line: resume after a kill, and what bad input gets."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from visionattn.cli import main
+from visionattn.tasks.inference import evaluate_run
 from visionattn.tasks.train import _check_classes
 
 SMALL = [
@@ -57,6 +59,20 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
     logs = sorted(path.name for path in (tmp_path / "killed" / "logs").glob("*.csv"))
     assert logs == ["metrics.csv", "metrics_before_1.csv"]  # nothing of the killed run's log is lost
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_count_every_image(tmp_path):
+    args = [argument for argument in SMALL if "limit" not in argument] + ["trainer.devices=2", "+trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "visionattn.cli", "train", *args, f"output_dir={tmp_path}", "name=two"]
+    command += ["data.batch_size=64", "trainer.max_epochs=1"]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("val/top1") == 1 and "effective batch 128" in result.stderr
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    one_process = evaluate_run(tmp_path / "two" / "checkpoints" / "last.ckpt", [])
+    assert one_process["images"] == 1000
+    assert metrics["val/top1"] == pytest.approx(one_process["top1"] / 100, abs=1e-6)
 
 
 @pytest.mark.slow

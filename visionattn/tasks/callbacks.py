@@ -64,7 +64,7 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """The epoch's line."""
         seconds = time.perf_counter() - self.start
-        module.log("epoch_seconds", seconds)
+        module.log("epoch_seconds", seconds, rank_zero_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
         parts += [

@@ -97,7 +97,7 @@ class Classification(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
         self.schedule.step(self.current_epoch)
-        self.log("lr", max(group["lr"] for group in self.schedule.optimizer.param_groups))
+        self.log("lr", max(group["lr"] for group in self.schedule.optimizer.param_groups), rank_zero_only=True)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of a batch."""
@@ -109,7 +109,9 @@ class Classification(lightning.LightningModule):
                 return None
             images, labels = self.mixup(images[:even].clone(), labels[:even])
         loss = self.loss(self.model(images), labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
+        )
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -128,4 +130,4 @@ class Classification(lightning.LightningModule):
             metric(logits, batch["label"])
             self.log(name, metric, prog_bar=True, batch_size=len(batch["label"]))
         loss = nn.functional.cross_entropy(logits, batch["label"])
-        self.log("val/loss", loss, batch_size=len(batch["label"]))
+        self.log("val/loss", loss, batch_size=len(batch["label"]), sync_dist=True)

@@ -131,7 +131,7 @@ def train(config: DictConfig) -> dict[str, float]:
         config: ``configs/train.yaml`` with its groups.
 
     Returns:
-        Metrics of the last validation.
+        Metrics of the last epoch; empty in every process but the first.
 
     Raises:
         ValueError: Settings that do not fit each other, the data or the checkpoint.
@@ -180,7 +180,8 @@ def train(config: DictConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    if not trainer.is_global_zero:
+        return {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if trainer.is_global_zero:
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
