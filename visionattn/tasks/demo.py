@@ -111,9 +111,10 @@ def _report(results: dict[str, dict[str, Any]], simple: dict[str, float], second
             *(f"| {name} | - | - | - | **{top1:.1%}** |" for name, top1 in simple.items()),
             *rows,
             "",
-            f"{MODEL} is ours, {PEER} is timm's: same images, augmentation and optimizer, each with the learning rate that "
-            "suited it better, and for the peer at least the same time; no choice of epoch for either. The digits are easy and 1,000 images resolve about 0.5 "
-            "points: this shows that everything works, not which network is better.",
+            f"{MODEL} is ours, {PEER} is timm's: same images, augmentation and optimizer, each with the learning rate "
+            "that suited it better, and for the peer at least the same time; no choice of epoch for either. The digits "
+            "are easy and 1,000 images resolve about 0.5 points: this shows that everything works, not which network "
+            "is better.",
             "",
             f"The whole demo took {seconds:.0f} s with {torch.get_num_threads()} threads, PyTorch {torch.__version__}.",
             "",
