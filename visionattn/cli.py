@@ -5,6 +5,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import visionattn
 
@@ -91,11 +92,16 @@ def demo_command(args: argparse.Namespace) -> None:
     print(demo(Path(args.output), args.overrides))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; errors that a user can cause end with one line and exit code 1."""
-    parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on efficient attention.")
-    parser.add_argument("--version", action="version", version=visionattn.__version__)
-    commands = parser.add_subparsers(required=True)
+def convert_command(args: argparse.Namespace) -> None:
+    """Convert an official checkpoint and enter it in the index."""
+    _need_training_packages()
+    from visionattn.tasks.checkpoints import convert_checkpoint
+
+    path = convert_checkpoint(args.model, args.file, args.folder, args.url)
+    print(f"{path}, entered in {path.with_name('index.csv')}")
+
+
+def _add_training(commands: Any) -> None:
     command = commands.add_parser("list", help="list the backbones")
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'biformer_*'")
     command.set_defaults(run=list_command)
@@ -107,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of configs/train.yaml")
     command.add_argument("--show", action="store_true", help="print the composed configuration and stop")
     command.set_defaults(run=train_command)
+
+
+def _add_using(commands: Any) -> None:
     command = commands.add_parser(
         "eval",
         help="top-1, top-5 and throughput on a validation split",
@@ -134,6 +143,21 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
     command.add_argument("--output", default="prediction.png", help="picture to write (default prediction.png)")
     command.set_defaults(run=predict_command)
+    command = commands.add_parser("convert", help="turn an official checkpoint into safetensors, with its digests")
+    command.add_argument("model", help="timm name, with or without a tag: biformer_s.in1k")
+    command.add_argument("file", help="official .pth or .safetensors file")
+    command.add_argument("--folder", default="checkpoints", help="where file and index.csv go (default checkpoints)")
+    command.add_argument("--url", help="where the file came from, for the index")
+    command.set_defaults(run=convert_command)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; errors that a user can cause end with one line and exit code 1."""
+    parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on efficient attention.")
+    parser.add_argument("--version", action="version", version=visionattn.__version__)
+    commands = parser.add_subparsers(required=True)
+    _add_training(commands)
+    _add_using(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives positional arguments that stand behind an option back as unknown
     listed = next((name for name in ("arguments", "overrides", "images") if hasattr(args, name)), None)

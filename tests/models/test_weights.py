@@ -168,6 +168,14 @@ def test_own_checkpoint_loads(weights, tmp_path, inner):
     assert_loaded(load(tmp_path / "w.pth"), weights)
 
 
+def test_trained_weights_are_taken_rather_than_averaged_ones(weights, tmp_path):
+    averaged = {key: torch.zeros_like(tensor) for key, tensor in weights.items()}
+    torch.save({"model_ema": averaged, "model": weights, "epoch": 3}, tmp_path / "w.pth")
+    model = load(tmp_path / "w.pth")
+    assert_loaded(model, weights)
+    assert model.pretrained_cfg["state_dict"] is None and model.pretrained_cfg["file"]
+
+
 @pytest.mark.parametrize("num_classes", [1000, 5])
 def test_safetensors_load(weights, tmp_path, num_classes):
     save_file(weights, tmp_path / "w.safetensors")

@@ -37,7 +37,9 @@ def run(folder, *overrides):
 
 
 def weights(folder, name):
-    return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    content = torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["epoch"] == 2  # of 0 to 2, whichever was the best
+    return content["state_dict"]
 
 
 @pytest.mark.slow
@@ -59,6 +61,19 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
     logs = sorted(path.name for path in (tmp_path / "killed" / "logs").glob("*.csv"))
     assert logs == ["metrics.csv", "metrics_before_1.csv"]  # nothing of the killed run's log is lost
+
+
+@pytest.mark.slow
+def test_last_checkpoint_is_of_the_last_epoch_and_best_of_the_best(tmp_path):
+    # averaged weights that never move: every epoch scores the same, so the first is the best
+    changes = ["trainer.max_epochs=2", "task.ema_decay=1.0", "task.ema_eval=true"]
+    main(["train", *[a for a in SMALL if "max_epochs" not in a], *changes, f"output_dir={tmp_path}", "name=x"])
+    epochs = {
+        name: torch.load(tmp_path / "x" / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 1}
+    assert sorted(p.name for p in (tmp_path / "x" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 @pytest.mark.slow

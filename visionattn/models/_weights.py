@@ -1,8 +1,8 @@
 """Building a backbone through timm, with checkpoints that fail clearly.
 
 timm loads with ``strict=False`` once the number of classes differs, so a checkpoint of another network would pass
-unnoticed, and its errors name no file. Its download cache is keyed by the last part of an address, which is the same
-word for all files of some file shares.
+unnoticed, its errors name no file, and of a file with trained and averaged weights it takes the averaged ones. Its
+download cache is keyed by the last part of an address, which is the same word for all files of some file shares.
 """
 
 import os
@@ -110,7 +110,9 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
         if source:
             kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": source}
     try:
-        return build_model_with_cfg(
+        if source:  # timm itself would prefer averaged weights, which the published figures are not of
+            kwargs["pretrained_cfg_overlay"]["state_dict"] = load_state_dict(source, use_ema=False)
+        model = build_model_with_cfg(
             cls,
             variant,
             pretrained,
@@ -118,6 +120,10 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
             **kwargs,
         )
+        for module in model.modules():  # the model, and timm's wrapper: neither shall keep the weights twice
+            if isinstance(getattr(module, "pretrained_cfg", None), dict):
+                module.pretrained_cfg["state_dict"] = None
+        return model
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{source or variant}: the checkpoint holds objects other than tensors and was not unpickled, since that "

@@ -1,6 +1,5 @@
 """Using a trained classifier: evaluation on a split, and predictions for pictures."""
 
-import hashlib
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import visionattn
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
+from visionattn.tasks.checkpoints import full_name, sha256
 from visionattn.tasks.config import compose
 
 _BATCH = 32  # pictures predicted at once
@@ -95,15 +95,14 @@ def load_model(
     model: Any = visionattn.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=in_chans, **(sized if checkpoint else {})
     )
-    count, cfg = model.num_classes, model.pretrained_cfg
+    count = model.num_classes
     if classes and len(classes) != count:
         raise ValueError(f"the weights of {name} know {count} classes, the data has {len(classes)}; fine-tune it first")
-    full_name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
     if classes is None and count == 1000:
         labels = ImageNetInfo("imagenet-1k")
         classes = [labels.index_to_description(i) for i in range(count)]
     classes = classes or [str(i) for i in range(count)]
-    return Classifier(full_name, model.eval(), classes, in_chans, resolve_model_data_config(model), checkpoint)
+    return Classifier(full_name(model), model.eval(), classes, in_chans, resolve_model_data_config(model), checkpoint)
 
 
 def _changed(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -174,13 +173,6 @@ def _validation(config: DictConfig, classes: list[str] | None) -> Any:
     return source
 
 
-def _sha256(path: str | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @torch.inference_mode()
 def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[str, Any]:
     """Top-1 and top-5 in percent, and images per second with reading and transforms.
@@ -223,7 +215,7 @@ def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[st
     return dict(
         name=classifier.name,
         checkpoint=classifier.checkpoint,
-        checkpoint_sha256=_sha256(classifier.checkpoint),
+        checkpoint_sha256=sha256(classifier.checkpoint) if classifier.checkpoint else None,
         data=str(config.data.source._target_).rsplit(".", 1)[-1],
         split=config.data.val_split,
         classes=count,

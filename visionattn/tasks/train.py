@@ -93,9 +93,10 @@ def _check_classes(path: str, classes: list[str]) -> None:
 
 def _trainer(config: DictConfig, folder: Path) -> lightning.Trainer:
     callbacks = [
-        ModelCheckpoint(
-            folder / "checkpoints", "best", monitor="val/top1", mode="max", save_last=True, save_on_train_epoch_end=True
-        ),
+        ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", save_on_train_epoch_end=True),
+        # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
+        # so that a resumed run knows the best score
+        ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
         SkippedImages(folder),
         EpochLines(),
     ]

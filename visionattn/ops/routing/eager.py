@@ -2,16 +2,16 @@
 
 ``visionattn::routed_attention`` walks over the query regions in chunks: it gathers the keys and values of one chunk,
 runs an online softmax over slices of its region list, and writes the result in place. The backward pass recomputes the
-probabilities from the saved log-sum-exp. So the memory beyond inputs, outputs and gradients stays below twice the size
-of key and value however long the lists are. (Exceptions: a single head of a single half-precision
-image, whose float32 gradient sums alone have that size, and regions so large that one of them is a big part of the
-map, where even one gathered region counts.) Without an upper limit the gather would copy key and
+probabilities from the saved log-sum-exp. Regions that are a large part of the map are cut along their pixels, and
+gradient sums that are too large along the channels. So the memory beyond inputs, outputs and gradients stays below
+twice the size of key and value however long the lists and however large the regions are; a plain gather copies key and
 value ``topk`` times.
 
 Kernels for other devices are added with ``register_kernel`` on the operators below; checks, autograd, autocast, shape
 inference and FLOP formulas stay here.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,11 +38,12 @@ class _Tile(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """How far one step reaches: units, query rows, entries of the region list."""
+    """How far one step reaches: units, query rows, entries of the region list, pixels of each listed region."""
 
     units: int
     rows: int
     slots: int
+    pixels: int
 
 
 def _plan(query: Tensor, key: Tensor, K: int, T: int, T_k: int, buffers: tuple[int, int, int]) -> _Walk:
@@ -59,12 +60,13 @@ def _plan(query: Tensor, key: Tensor, K: int, T: int, T_k: int, buffers: tuple[i
 
     units = int(limit // max(cost(T, K), 1))
     if units:
-        return _Walk(units, T, max(K, 1))
+        return _Walk(units, T, max(K, 1), T_k)
     slots = int((limit - T * per_row) // (T_k * (per_key + T * per_score)))
     if slots >= 1:
-        return _Walk(1, T, slots)
-    rows = int((limit - T_k * per_key) // (per_row + T_k * per_score))
-    return _Walk(1, min(T, max(rows, _MIN_ROWS)), 1)
+        return _Walk(1, T, slots, T_k)
+    rows = min(T, max(int(limit / 2 // per_row), _MIN_ROWS))
+    pixels = int((limit - rows * per_row) // (per_key + rows * per_score))
+    return _Walk(1, rows, 1, min(T_k, max(pixels, 1)))
 
 
 def _tiles(walk: _Walk, units: range, heads: int, P: int, T: int, device: torch.device) -> Iterator[_Tile]:
@@ -79,10 +81,14 @@ def _by_region(x: Tensor, region: Sequence[int]) -> Tensor:
     return reference.split_regions(x, (region[0], region[1])).permute(0, 5, 1, 2, 3, 4, 6)
 
 
-def _take(x: Tensor, batch: Tensor, head: Tensor, region: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy regions out of a ``_by_region`` view: ``[..., T, d]`` for index tensors of shape ``[...]``."""
-    columns = x.shape[3]
-    return x[batch, head, region // columns, region % columns].flatten(-3, -2).to(dtype)
+def _take(x: Tensor, batch: Tensor, head: Tensor, region: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Copy pixels ``rows`` of regions out of a ``_by_region`` view: ``[..., T, d]`` for index tensors ``[...]``."""
+    columns, rh, rw = x.shape[3:6]
+    where = (batch, head, region // columns, region % columns)
+    if rows.start == 0 and rows.stop >= rh * rw:
+        return x[where].flatten(-3, -2).to(dtype)
+    pixel = torch.arange(rh * rw, device=x.device)[rows]
+    return x[(*(i[..., None] for i in where), pixel // rw, pixel % rw)].to(dtype)
 
 
 def _put(x: Tensor, tile: _Tile, rows: Tensor) -> None:
@@ -92,28 +98,31 @@ def _put(x: Tensor, tile: _Tile, rows: Tensor) -> None:
     if rows.shape[1] == rh * rw:
         x[where] = rows.unflatten(1, (rh, rw)).to(x.dtype)
     else:
-        token = torch.arange(rh * rw, device=x.device)[tile.rows]
-        x[(*(i[:, None] for i in where), token // rw, token % rw)] = rows.to(x.dtype)
+        pixel = torch.arange(rh * rw, device=x.device)[tile.rows]
+        x[(*(i[:, None] for i in where), pixel // rw, pixel % rw)] = rows.to(x.dtype)
 
 
-def _slots(index: Tensor, tile: _Tile, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slices ``[n, s]`` of the tile's region lists, and which of their entries are no region."""
+def _slots(index: Tensor, tile: _Tile, walk: _Walk, T_k: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Slices ``[n, s]`` of the tile's region lists, which of their entries are no region, and pixels of the regions."""
     table = index[tile.batch, tile.head if index.shape[1] > 1 else 0, tile.region].long()  # [n, K]
-    for start in range(0, table.shape[1], step):
-        entries = table[:, start : start + step]
-        yield entries.clamp(min=0), entries < 0
+    for start in range(0, table.shape[1], walk.slots):
+        entries = table[:, start : start + walk.slots]
+        for pixel in range(0, T_k, walk.pixels):
+            yield entries.clamp(min=0), entries < 0, slice(pixel, pixel + walk.pixels)
 
 
-def _gather(x: Tensor, tile: _Tile, entries: Tensor, absent: Tensor, partial: bool, dtype: torch.dtype) -> Tensor:
-    """Keys or values of list entries ``[n, s]`` as ``[n, s * T_k, d]``; zeros where there is no region."""
-    rows = _take(x, tile.batch[:, None], tile.head[:, None], entries, dtype)
+def _gather(
+    x: Tensor, tile: _Tile, entries: Tensor, absent: Tensor, pixels: slice, partial: bool, dtype: torch.dtype
+) -> Tensor:
+    """Keys or values of list entries ``[n, s]`` as ``[n, s * t, d]``; zeros where there is no region."""
+    rows = _take(x, tile.batch[:, None], tile.head[:, None], entries, pixels, dtype)
     if partial:  # zeroed, or an infinite value of region 0 would come through as inf * 0
         rows.masked_fill_(absent[:, :, None, None], 0.0)
     return rows.flatten(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, absent: Tensor, partial: bool) -> Tensor:
-    """Dot products ``[n, r, s * T_k]``, -inf where there is no region."""
+    """Dot products ``[n, r, s * t]``, -inf where there is no region."""
     scores = q @ k.transpose(1, 2)
     if partial:
         scores.unflatten(2, (absent.shape[1], -1)).masked_fill_(absent[:, None, :, None], -math.inf)
@@ -203,19 +212,19 @@ def routed_attention(
     partial = check_table(index, k.shape[2] * k.shape[3])
     walk = _plan(query, key, index.shape[3], T, T_k, buffers=(4, 3, 1))
     for tile in _tiles(walk, range(B * heads * P), heads, P, T, query.device):
-        q_rows = _take(q, tile.batch, tile.head, tile.region, dtype)[:, tile.rows] * scale  # [n, r, d]
+        q_rows = _take(q, tile.batch, tile.head, tile.region, tile.rows, dtype) * scale  # [n, r, d]
         top = q_rows.new_full((*q_rows.shape[:2], 1), -math.inf)  # running maximum
         total, acc = torch.zeros_like(top), torch.zeros_like(q_rows)
-        for entries, absent in _slots(index, tile, walk.slots):
-            k_rows = _gather(k, tile, entries, absent, partial, dtype)
-            p = _scores(q_rows, k_rows, absent, partial)  # [n, r, s*T_k]
+        for entries, absent, pixels in _slots(index, tile, walk, T_k):
+            k_rows = _gather(k, tile, entries, absent, pixels, partial, dtype)
+            p = _scores(q_rows, k_rows, absent, partial)  # [n, r, s*t]
             del k_rows
             new_top = torch.maximum(top, p.amax(dim=-1, keepdim=True))
             shift = new_top.masked_fill(new_top == -math.inf, 0.0)  # nothing seen so far: avoid inf - inf
             p.sub_(shift).exp_()
             fade = top.sub_(shift).exp_()
             total.mul_(fade).add_(p.sum(dim=-1, keepdim=True))
-            acc.mul_(fade).add_(p @ _gather(v, tile, entries, absent, partial, dtype))
+            acc.mul_(fade).add_(p @ _gather(v, tile, entries, absent, pixels, partial, dtype))
             top = new_top
         empty = total == 0
         _put(o, tile, acc.div_(total.masked_fill(empty, 1.0)))
@@ -262,36 +271,41 @@ def routed_attention_backward(
     P, P_k, T, T_k = index.shape[2], k.shape[2] * k.shape[3], math.prod(q_region), math.prod(kv_region)
     partial = check_table(index, P_k)
     walk = _plan(query, key, index.shape[3], T, T_k, buffers=(8, 5, 2))
-    # float32 sums of the key and value gradients, for as many (image, head) pairs at once as fit
-    group = max(1, min(B * heads, int(_SUM_SHARE * B * heads * key.element_size() / dtype.itemsize)))
-    for first in range(0, B * heads, group):
-        last = min(first + group, B * heads)
-        sums = torch.zeros((2, (last - first) * P_k, T_k * d), dtype=dtype, device=query.device)
+    # float32 sums of the key and value gradients, for as many (image, head) pairs at once as fit, or else channels
+    pairs = _SUM_SHARE * B * heads * key.element_size() / dtype.itemsize
+    group, width = max(1, min(B * heads, int(pairs))), d if pairs >= 1 else max(1, int(pairs * d))
+    for first, left in itertools.product(range(0, B * heads, group), range(0, d, width)):
+        last, channels = min(first + group, B * heads), slice(left, min(left + width, d))
+        sums = torch.zeros((2, (last - first) * P_k, T_k, channels.stop - left), dtype=dtype, device=query.device)
         for tile in _tiles(walk, range(first * P, last * P), heads, P, T, query.device):
-            where = tile.batch, tile.head, tile.region
-            q_rows, o_rows, go_rows = (_take(x, *where, dtype)[:, tile.rows] for x in (q, o, go))
-            lse_rows, glse_rows = (_take(x, *where, dtype)[:, tile.rows] for x in maps)  # [n, r, 1]
+            where = tile.batch, tile.head, tile.region, tile.rows
+            q_rows, o_rows, go_rows = (_take(x, *where, dtype) for x in (q, o, go))
+            lse_rows, glse_rows = (_take(x, *where, dtype) for x in maps)  # [n, r, 1]
             q_rows = q_rows * scale
             delta = (o_rows * go_rows).sum(dim=-1, keepdim=True).sub_(glse_rows)
             del o_rows
             lse_rows = lse_rows.masked_fill(lse_rows == -math.inf, 0.0)  # empty list: exp(-inf - 0) = 0
             dq_rows = torch.zeros_like(q_rows)
             owner = (tile.batch * heads + tile.head - first)[:, None] * P_k
-            for entries, absent in _slots(index, tile, walk.slots):
+            for entries, absent, pixels in _slots(index, tile, walk, T_k):
                 target = (owner + entries).flatten()
-                k_rows = _gather(k, tile, entries, absent, partial, dtype)
-                p = _scores(q_rows, k_rows, absent, partial).sub_(lse_rows).exp_()  # [n, r, s*T_k]
-                sums[1].index_add_(0, target, (p.transpose(1, 2) @ go_rows).view(len(target), -1))
-                ds = go_rows @ _gather(v, tile, entries, absent, partial, dtype).transpose(1, 2)
+                shape = len(target), -1, channels.stop - left
+                k_rows = _gather(k, tile, entries, absent, pixels, partial, dtype)
+                p = _scores(q_rows, k_rows, absent, partial).sub_(lse_rows).exp_()  # [n, r, s*t]
+                sums[1, :, pixels].index_add_(0, target, (p.transpose(1, 2) @ go_rows[..., channels]).view(shape))
+                ds = go_rows @ _gather(v, tile, entries, absent, pixels, partial, dtype).transpose(1, 2)
                 ds.sub_(delta).mul_(p)
-                dq_rows.add_(ds @ k_rows, alpha=scale)
+                if left == 0:
+                    dq_rows.add_(ds @ k_rows, alpha=scale)
                 del k_rows, p
-                sums[0].index_add_(0, target, (ds.transpose(1, 2) @ q_rows).view(len(target), -1))
-            _put(dq, tile, dq_rows)
+                sums[0, :, pixels].index_add_(0, target, (ds.transpose(1, 2) @ q_rows[..., channels]).view(shape))
+            if left == 0:
+                _put(dq, tile, dq_rows)
         pair = torch.arange(first, last, device=query.device)
         for total, grad in zip(sums, (dk, dv), strict=True):
-            grad[pair // heads, pair % heads] = total.view(len(pair), *grad.shape[2:]).to(grad.dtype)
-        del sums, total  # or they would live on beside the next group's
+            rows = total.view(len(pair), *grad.shape[2:-1], -1).to(grad.dtype)
+            grad[pair // heads, pair % heads, ..., channels] = rows
+        del sums, total, rows  # or they would live on beside the next ones
     return grads[0], grads[1], grads[2]
 
 

@@ -1,0 +1,164 @@
+"""Converted checkpoints, their index, and the table of models."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from visionattn.cli import main
+from visionattn.tasks import zoo
+from visionattn.tasks.checkpoints import convert_checkpoint, read_index, sha256, verify_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+NAME = "test_biformer.untrained"
+# our names to those of the published code, the other way round than the checkpoint filter
+OFFICIAL = (
+    ("stem.", "downsample_layers.0."),
+    ("stages.1.downsample", "downsample_layers.1"),
+    ("stages.2.downsample", "downsample_layers.2"),
+    ("stages.3.downsample", "downsample_layers.3"),
+    (".blocks.", "."),
+    (".attn.qkv.", ".attn.qkv.qkv."),
+    (".attn.proj.", ".attn.wo."),
+    (".mlp.fc1.", ".mlp.0."),
+    (".mlp.fc2.", ".mlp.3."),
+    ("head.fc.", "head."),
+)
+
+
+def official(model, dtype=torch.float32):
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        own = key
+        for ours, theirs in OFFICIAL:
+            key = key.replace(ours, theirs)
+        if own.startswith("stages.3"):  # the dense stage names its layers otherwise
+            key = key.replace(".attn.qkv.qkv.", ".attn.qkv.").replace(".attn.wo.", ".attn.proj.")
+        weights[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {"model": weights, "epoch": 299}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(4)
+    return timm.create_model("test_biformer").eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_converted_file_is_the_official_one(model, tmp_path, dtype, capsys):
+    content = official(model, dtype)
+    assert any(key.startswith("downsample_layers.") for key in content["model"])
+    torch.save(content, tmp_path / "official.pth")
+    folder = tmp_path / "checkpoints"
+    main(["convert", NAME, str(tmp_path / "official.pth"), "--folder", str(folder), "--url", "https://example.org/x"])
+    path = folder / f"{NAME}.safetensors"
+    assert str(path) in capsys.readouterr().out
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    both = [
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), dtype=kept).eval()
+        for file in (path, tmp_path / "official.pth")
+    ]
+    x = torch.randn(1, 3, 64, 64, dtype=kept)
+    with torch.no_grad():
+        assert torch.equal(both[0](x), both[1](x))
+    row = verify_checkpoint(path)
+    assert row["sha256"] == sha256(path) and row["source_sha256"] == sha256(tmp_path / "official.pth")
+    assert row["license"] == "mit" and row["source_url"] == "https://example.org/x" and int(row["bytes"]) > 1e5
+    assert sorted(p.name for p in folder.iterdir()) == ["index.csv", path.name]
+
+
+def test_second_conversion_replaces_the_row(model, tmp_path):
+    for value in (1.0, 2.0):
+        model.head.fc.bias.data.fill_(value)
+        torch.save(official(model), tmp_path / "official.pth")
+        path = convert_checkpoint("test_biformer", tmp_path / "official.pth", tmp_path)
+    assert list(read_index(tmp_path)) == [NAME]
+    assert verify_checkpoint(path)["source_sha256"] == sha256(tmp_path / "official.pth")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="SHA-256"):
+        verify_checkpoint(path)
+    with pytest.raises(ValueError, match="no row for"):
+        verify_checkpoint(tmp_path / "official.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        verify_checkpoint(tmp_path / "nothing.safetensors")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.putenv, ("VISIONATTN_TEST_CONVERT", "ran")
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "text", "other", "classes", "malicious"])
+def test_wrong_file_leaves_nothing(model, tmp_path, fault):
+    path, folder = tmp_path / "official.pth", tmp_path / "checkpoints"
+    torch.save(official(model), path)
+    if fault == "missing":
+        path.unlink()
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif fault == "text":
+        path.write_text("not a checkpoint")
+    elif fault == "other":
+        torch.save(timm.create_model("biformer_nano").state_dict(), path)
+    elif fault == "classes":
+        torch.save(official(timm.create_model("test_biformer", num_classes=21)), path)
+    else:
+        path.write_bytes(pickle.dumps({"model": Malicious()}))
+    with pytest.raises(SystemExit, match=r"\[21, 64\]" if fault == "classes" else "official.pth"):
+        main(["convert", NAME, str(path), "--folder", str(folder)])
+    assert not list(folder.glob("*"))
+
+
+def test_pages_show_the_present_table():
+    for path, text in zoo.pages_with_table(ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"run python tools/update_zoo_table.py ({path.name})"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a good result for one model."""
+    for name in ("published.csv", "index.csv"):
+        shutil.copy(ROOT / "checkpoints" / name, tmp_path)
+    columns = (tmp_path / "index.csv").read_text().splitlines()[0]
+    (tmp_path / "index.csv").write_text(f"{columns}\nbiformer_t.in1k,x.safetensors,aa,1,1,x.pth,bb,,mit\n")
+    return tmp_path
+
+
+GOOD = dict(name="biformer_t.in1k", images=50000, classes=1000, skipped=0, checkpoint_sha256="aa", top1=81.37)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, 81.37),
+        ({"checkpoint_sha256": "bb"}, 81.37),
+        ({"checkpoint_sha256": "cc"}, None),
+        ({"checkpoint_sha256": None}, None),
+        ({"images": 49999}, None),
+        ({"classes": 100}, None),
+        ({"skipped": 1}, None),
+        ({"name": "biformer_s.in1k"}, None),
+    ],
+)
+def test_only_a_whole_run_of_the_listed_weights_verifies(folder, change, expected):
+    (folder / "results").mkdir()
+    (folder / "results" / "biformer_t.in1k.json").write_text(json.dumps({**GOOD, **change}))
+    assert zoo.verified_top1("biformer_t.in1k", folder) == expected
+    assert zoo.verified_top1("biformer_b.in1k", folder) is None
+    table = zoo.zoo_table(folder)
+    assert ("| 81.37 |" in table) == (expected is not None) and table.count(zoo.NOT_RUN) == (
+        4 if expected is None else 3
+    )
+    assert "test_biformer" not in table
+
+
+def test_page_without_markers_is_named(tmp_path):
+    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match=r"README\.md must hold the markers"):
+        zoo.pages_with_table(tmp_path)
