@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import assert_close
 
-from visionattn.ops.routing import reference
+from visionattn.ops.routing import eager, reference
 
 OPS = torch.ops.visionattn
 BOUND = 2.0  # in units of the bytes of key and value together
@@ -93,3 +94,22 @@ def test_memory_does_not_grow_with_the_lists(entries):
     _, forward = run_metered(OPS.routed_attention, *args)
     _, backward = run_metered(OPS.routed_attention_backward, *backward_arguments(*args))
     assert max(forward, backward) < BOUND * size(key, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["large_regions", "whole_map_2_heads"])
+def test_cut_regions_and_channels_change_nothing(name, dtype):
+    query, key, value, index, *rest = make(name, dtype)
+    index = torch.cat([index, index[..., :1], torch.full_like(index[..., :1], -1)], dim=-1)  # repeated, missing
+    index[:, :, 1:2] = -1  # an empty list, where there is more than one
+    walk = eager._plan(query, key, index.shape[3], *(r[0] * r[1] for r in rest[:2]), buffers=(8, 5, 2))
+    assert walk.pixels < rest[1][0] * rest[1][1] and walk.rows < rest[0][0] * rest[0][1]
+    results = []
+    for function, kind in ((reference.routed_attention, torch.float64), (OPS.routed_attention, dtype)):
+        tensors = [x.to(kind).requires_grad_() for x in (query, key, value)]
+        out, lse = function(*tensors, index, *rest)
+        loss = out.double().square().sum() + lse.double().masked_fill(lse.isinf(), 0.0).sum()
+        results.append((out, lse, *torch.autograd.grad(loss, tensors)))
+    rel = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    for label, expected, actual in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        assert_close(label, expected, actual, rel)
