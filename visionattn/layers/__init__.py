@@ -1,5 +1,21 @@
 """Modules used by two or more backbones, or that wrap an operator."""
 
+from visionattn.layers.neighborhood_attention import NeighborhoodAttention
 from visionattn.layers.routing_attention import RoutingAttention
+from visionattn.layers.windows import (
+    ResidualDepthwiseConv,
+    WindowAttention,
+    join_windows,
+    multi_head_attention,
+    split_windows,
+)
 
-__all__ = ["RoutingAttention"]
+__all__ = [
+    "NeighborhoodAttention",
+    "ResidualDepthwiseConv",
+    "RoutingAttention",
+    "WindowAttention",
+    "join_windows",
+    "multi_head_attention",
+    "split_windows",
+]

@@ -58,6 +58,7 @@ class PyramidBackbone(nn.Module):
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        head: nn.Module | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +72,7 @@ class PyramidBackbone(nn.Module):
             num_classes: Classes; 0 leaves the classifier out.
             global_pool: Pooling before the classifier as in timm, ``""`` for none.
             drop_rate: Dropout before the classifier.
+            head: A classifier of timm's kinds in the place of pooling and a linear layer.
             device: Device of the classifier.
             dtype: Dtype of the classifier.
         """
@@ -82,7 +84,7 @@ class PyramidBackbone(nn.Module):
             dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)
         ]
         self.num_features = embed_dims[-1]
-        self.head = ClassifierHead(
+        self.head = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()

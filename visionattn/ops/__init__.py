@@ -1,12 +1,16 @@
 """Pure functions on tensors: no modules, no parameters, nothing imported from the rest of the package."""
 
 from visionattn.ops._dispatch import backend, use_backend
-from visionattn.ops.padding import crop, pad_to_multiple
+from visionattn.ops.neighborhood import neighborhood_attention, neighborhood_sum
+from visionattn.ops.padding import crop, pad_to_at_least, pad_to_multiple
 from visionattn.ops.routing import region_mean, routed_attention, topk_regions
 
 __all__ = [
     "backend",
     "crop",
+    "neighborhood_attention",
+    "neighborhood_sum",
+    "pad_to_at_least",
     "pad_to_multiple",
     "region_mean",
     "routed_attention",

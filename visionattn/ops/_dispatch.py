@@ -6,8 +6,9 @@ The choice comes from the environment variable ``VISIONATTN_BACKEND`` and can be
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -46,3 +47,26 @@ def use_backend(name: str) -> Iterator[None]:
 def use_reference() -> bool:
     """Whether the plain form must run: on request, or because ONNX knows only PyTorch's own operators."""
     return _backend == "reference" or torch.onnx.is_in_onnx_export()
+
+
+def register_autocast(op: Any, tensors: int) -> None:
+    """Under autocast run ``op`` with its first tensors in the dtype that is set at call time; float64 stays.
+
+    ``register_autocast`` of PyTorch's custom operators takes a dtype that is fixed beforehand.
+
+    Args:
+        op: A ``torch.library.custom_op``.
+        tensors: How many leading arguments are cast.
+    """
+
+    def rule(device: str) -> Callable[..., Any]:
+        def cast_and_call(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:tensors]]
+            with torch.autocast(device, enabled=False):
+                return op(*cast, *args[tensors:])
+
+        return cast_and_call
+
+    for device in ("cpu", "cuda"):
+        torch.library.impl(op._qualname, f"Autocast{device.upper()}", rule(device))

@@ -27,8 +27,35 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     height, width = (H + multiple - 1) // multiple * multiple, (W + multiple - 1) // multiple * multiple
     if torch.jit.is_scripting():
         return torch.ops.visionattn.pad_to(x, height, width)
+    return _pad_to(x, height, width)
+
+
+def pad_to_at_least(x: Tensor, height: int, width: int) -> Tensor:
+    """Pad a map with zeros at the bottom and right to a smallest size.
+
+    Args:
+        x: Map, ``[B, H, W, C]``.
+        height: Smallest number of rows.
+        width: Smallest number of columns.
+
+    Returns:
+        ``[B, max(H, height), max(W, width), C]``; ``x`` itself where nothing is missing.
+
+    Raises:
+        ValueError: ``x`` has not four axes.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"pad_to_at_least wants x [B, H, W, C], got {x.dim()} axes")
+    if torch.jit.is_scripting():
+        return torch.ops.visionattn.pad_to(x, max(x.shape[1], height), max(x.shape[2], width))
+    H, W = torch.sym_max(x.shape[1], height), torch.sym_max(x.shape[2], width)
+    return _pad_to(x, H, W)  # type: ignore[arg-type]  # sizes may be symbols
+
+
+@torch.jit.unused
+def _pad_to(x: Tensor, height: int, width: int) -> Tensor:
     # asks only what is known without adding a guard, so one compiled graph serves all sizes
-    if statically_known_true(height == H) and statically_known_true(width == W):
+    if statically_known_true(height == x.shape[1]) and statically_known_true(width == x.shape[2]):
         return x
     if use_reference():
         return reference.pad_to(x, height, width)

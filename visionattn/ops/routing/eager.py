@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visionattn.ops._dispatch import register_autocast
 from visionattn.ops.routing import reference
 
 # shares of the size of key and value that a chunk and the float32 gradient sums may take; together below 2
@@ -339,21 +340,8 @@ def _attention_vjp(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
 routed_attention.register_autograd(_attention_vjp, setup_context=_attention_setup)
 
 
-def _autocast(device_type: str) -> Any:
-    """Autocast rule: run in the dtype that is set at call time (``register_autocast`` takes a fixed one)."""
-
-    def cast_and_call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        if query.dtype != torch.float64:
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        with torch.autocast(device_type, enabled=False):
-            return routed_attention(query, key, value, *rest)
-
-    return cast_and_call
-
-
+register_autocast(routed_attention, tensors=3)
 for _device in ("cpu", "cuda"):
-    torch.library.impl("visionattn::routed_attention", f"Autocast{_device.upper()}", _autocast(_device))
     # the ranking stays in full precision whatever autocast is set to
     topk_regions.register_autocast(_device, torch.float32)
 

@@ -1,0 +1,222 @@
+"""Neighbourhood operators against the published results, Python loops, and the plain form."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, assert_golden, inputs, load_reference
+
+from visionattn.ops import neighborhood_attention, neighborhood_sum, use_backend
+from visionattn.ops.neighborhood.reference import windows
+
+OPS = torch.ops.visionattn
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
+
+
+def strided(x, text):
+    """``x`` at a stride like ``"[..., ::8]"``."""
+    return x if text == "all" else x[..., :: int(text.split("::")[1].rstrip("]"))]
+
+
+def published_cases():
+    for name in ("na2d_14x14", "na2d_15x23"):
+        for case in load_reference(f"layers/{name}")[0]["cases"]:
+            yield name, case
+
+
+@BACKENDS
+@pytest.mark.parametrize("name, case", list(published_cases()))
+def test_attention_equals_published(name, case, backend):
+    manifest, stored = load_reference(f"layers/{name}")
+    args = manifest["cases"][case]
+    k = args["kernel_size"]
+    q, key, v = (inputs(**manifest["inputs"][x]).requires_grad_() for x in "qkv")
+    rpb = inputs((2, 2 * k - 1, 2 * k - 1), 3).requires_grad_() if args["rel_pos_bias"] else None
+    with use_backend(backend):
+        out = neighborhood_attention(q, key, v, k, tuple(args["dilation"]), rpb)
+    assert_golden("out", stored[case], strided(out, manifest["strides"]["output"]))
+    if args["grad"]:
+        (out * inputs(out.shape, 4)).sum().backward()
+        for label, x in (("dq", q), ("dk", key), ("dv", v)):
+            assert_golden(label, stored[f"{case}.{label}"], strided(x.grad, manifest["strides"]["dq, dk, dv"]))
+        assert_golden("drpb", stored[f"{case}.drpb"], rpb.grad)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["na2d_k7", "na2d_k3x5_d2x1"])
+def test_attention_equals_stored_operator(name, backend):
+    manifest, stored = load_reference(f"ops/{name}")
+    x = {key: inputs(**spec).requires_grad_(key != "grad_out") for key, spec in manifest["inputs"].items()}
+    args = x["q"], x["k"], x["v"], tuple(manifest["params"]["kernel"]), tuple(manifest["params"]["dilation"])
+    with use_backend(backend):
+        assert_golden("out_no_bias", stored["out_no_bias"], neighborhood_attention(*args))
+        out = neighborhood_attention(*args, x["rpb"])
+    assert_golden("out", stored["out"], out)
+    out.backward(x["grad_out"])
+    for label in ("q", "k", "v", "rpb"):
+        assert_golden(label, stored[f"d{label}"], x[label].grad)
+
+
+@BACKENDS
+def test_sum_equals_published(backend):
+    manifest, stored = load_reference("layers/na2d_av")
+    for case, args in manifest["cases"].items():
+        H, W, k = args["H"], args["W"], args["kernel_size"]
+        weights, v = inputs((1, 4, H, W, k * k), 0).requires_grad_(), inputs((1, 4, H, W, 8), 1).requires_grad_()
+        logits, value = weights.permute(0, 4, 1, 2, 3), v.permute(0, 2, 3, 1, 4)
+        with use_backend(backend):
+            out = neighborhood_sum(logits, value, [k]).permute(0, 3, 1, 2, 4)
+            raw = neighborhood_sum(logits, value, [k], softmax=False).permute(0, 3, 1, 2, 4)
+        assert_golden(case, stored[case], out[..., ::2])
+        if f"{case}.raw" in stored:
+            assert_golden("raw", stored[f"{case}.raw"], raw[..., ::2])
+            (raw * inputs(raw.shape, 2)).sum().backward()
+            assert_golden("dattn", stored[f"{case}.dattn"], weights.grad[..., ::3])
+            assert_golden("dv", stored[f"{case}.dv"], v.grad)
+    manifest, stored = load_reference("ops/na2d_av_k7")
+    logits, v, grad = (inputs(**manifest["inputs"][x]) for x in ("logits", "v", "grad_out"))
+    logits.requires_grad_(), v.requires_grad_()
+    with use_backend(backend):
+        out = neighborhood_sum(logits.permute(0, 4, 1, 2, 3), v.permute(0, 2, 3, 1, 4), [7]).permute(0, 3, 1, 2, 4)
+    out.backward(grad)
+    for label, x in (("out", out), ("dlogits", logits.grad), ("dv", v.grad)):
+        assert_golden(label, stored[label], x)
+
+
+@pytest.mark.parametrize("length, kernel, dilation", [(7, 7, 1), (9, 3, 1), (15, 7, 2), (23, 5, 3), (12, 3, 4)])
+def test_windows_follow_the_rule(length, kernel, dilation):
+    positions, relative = windows(length, kernel, dilation)
+    for i in range(length):
+        group = list(range(i % dilation, length, dilation))
+        place = group.index(i)
+        start = min(max(place - kernel // 2, 0), len(group) - kernel)
+        assert positions[i].tolist() == group[start : start + kernel]
+        assert relative[i].tolist() == [start + j - place + kernel - 1 for j in range(kernel)]
+
+
+def attention_inputs(size, heads, d, kernel, bias, dtype=torch.float64):
+    x = [torch.randn(*size, heads, d, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+    shape = (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    return [*x, torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() if bias else None]
+
+
+CASES = [
+    dict(size=(2, 9, 11), heads=2, d=3, kernel=(3, 5), dilation=(2, 1)),
+    dict(size=(3, 17, 20), heads=1, d=4, kernel=(7, 7), dilation=(1, 2)),
+    dict(size=(1, 7, 7), heads=3, d=2, kernel=(7, 7), dilation=(1, 1)),
+    dict(size=(2, 13, 29), heads=2, d=5, kernel=(1, 3), dilation=(3, 4)),
+    dict(size=(1, 30, 19), heads=2, d=8, kernel=(13, 9), dilation=(2, 1)),
+]
+RELATIVE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_equals_plain_form(case, bias, dtype):
+    *tensors, table = attention_inputs(case["size"], case["heads"], case["d"], case["kernel"], bias, dtype)
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in (*tensors, table)]
+    results = []
+    for backend, given in (("reference", exact), ("auto", [*tensors, table])):
+        given_tensors = [x for x in given if x is not None]
+        with use_backend(backend):
+            out = neighborhood_attention(*given[:3], case["kernel"], case["dilation"], given[3])
+        loss = (out * inputs(out.shape, 1).to(out.dtype)).sum()
+        results.append((out, *torch.autograd.grad(loss, given_tensors)))
+    for label, expected, actual in zip(("out", "dq", "dk", "dv", "dbias"), *results, strict=False):
+        assert_close(label, expected, actual, RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("size, kernels", [((2, 14, 14), (5, 13)), ((1, 7, 9), (5, 7)), ((2, 15, 23), (3,))])
+def test_sum_equals_plain_form(size, kernels, softmax, dtype):
+    B, H, W = size
+    logits = torch.randn(B, sum(k * k for k in kernels), 2, H, W, dtype=torch.float64).to(dtype)
+    value = torch.randn(B, H, W, 2 * len(kernels), 3, dtype=torch.float64).to(dtype)
+    tables = [torch.randn(2, 2 * k - 1, 2 * k - 1, dtype=torch.float64).to(dtype) for k in kernels]
+    results = []
+    for backend, kind in (("reference", torch.float64), ("auto", dtype)):
+        given = [x.to(kind).requires_grad_() for x in (logits, value, *tables)]
+        with use_backend(backend):
+            out = neighborhood_sum(given[0], given[1], kernels, given[2:], softmax)
+        loss = (out * inputs(out.shape, 1).to(out.dtype)).sum()
+        results.append((out, *torch.autograd.grad(loss, given)))
+    for label, expected, actual in zip(("out", "dlogits", "dvalue", "db1", "db2"), *results, strict=False):
+        assert_close(label, expected, actual, RELATIVE[dtype])
+
+
+def test_gradients_equal_differences():
+    *x, table = attention_inputs((1, 5, 6), 2, 2, (3, 3), True)
+    assert torch.autograd.gradcheck(lambda *a: OPS.neighborhood_attention(*a, [3, 3], [1, 2], 0.5), (*x, table))
+    logits = torch.randn(1, 34, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 5, 5, 2, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(1, 25 + 81, dtype=torch.float64, requires_grad=True)
+    for softmax in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda *a, s=softmax: OPS.neighborhood_sum(*a, [3, 5], s)[: 2 if s else 1], (logits, value, bias)
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_operators_are_registered_properly(bias):
+    *x, table = attention_inputs((2, 8, 9), 2, 4, (3, 5), bias, torch.float32)
+    torch.library.opcheck(OPS.neighborhood_attention, (*x, table, [3, 5], [2, 1], 0.5))
+    logits, value = torch.randn(2, 34, 2, 7, 8, requires_grad=True), torch.randn(2, 7, 8, 4, 3, requires_grad=True)
+    tables = torch.randn(2, 25 + 81, requires_grad=True) if bias else None
+    torch.library.opcheck(OPS.neighborhood_sum, (logits, value, tables, [3, 5], True))
+
+
+def test_autocast_takes_the_dtype_of_the_call():
+    *x, table = attention_inputs((1, 7, 7), 2, 4, (3, 3), True, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert neighborhood_attention(*x, 3, 1, table).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert neighborhood_attention(*x, 3, 1, table).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(kernel_size=4), r"kernel_size=\(4, 4\) must be odd"),
+        (dict(kernel_size=(3, 9)), r"at least 9 pixels in width, got 8x7"),
+        (dict(dilation=3), r"at least 9 pixels in height"),
+        (dict(dilation=0), "dilation"),
+        (dict(key=torch.zeros(1, 8, 7, 2, 3)), "alike"),
+        (dict(value=torch.zeros(1, 8, 7, 2, 4).half()), "one float dtype"),
+        (dict(bias=torch.zeros(2, 3, 5)), r"bias must be \[2, 5, 5\]"),
+    ],
+)
+def test_wrong_arguments_of_attention_are_named(change, message):
+    x = torch.zeros(1, 8, 7, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        neighborhood_attention(**{**dict(query=x, key=x, value=x, kernel_size=3), **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(kernel_sizes=[3, 7]), r"logits must be \[B, 58"),
+        (dict(kernel_sizes=[5, 3], biases=[torch.zeros(2, 5, 5)] * 2), "biases must be"),
+        (dict(value=torch.zeros(1, 8, 7, 3, 4)), "groups"),
+    ],
+)
+def test_wrong_arguments_of_sum_are_named(change, message):
+    given = dict(logits=torch.zeros(1, 34, 2, 8, 7), value=torch.zeros(1, 8, 7, 4, 4), kernel_sizes=[3, 5])
+    with pytest.raises(ValueError, match=message):
+        neighborhood_sum(**{**given, **change})
+    with pytest.raises(ValueError, match="at least 9 pixels"):
+        neighborhood_sum(torch.zeros(1, 81, 1, 8, 9), torch.zeros(1, 8, 9, 1, 2), [9])
+
+
+def test_windows_of_all_pixels_equal_a_loop():
+    q, k, v = (torch.randn(1, 6, 5, 1, 3, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(1, 5, 5, dtype=torch.float64)
+    out = neighborhood_attention(q, k, v, 3, 1, bias, 0.7)
+    for y, x in itertools.product(range(6), range(5)):
+        top, left = np.clip(y - 1, 0, 3), np.clip(x - 1, 0, 2)
+        pixels = [(top + a, left + b) for a in range(3) for b in range(3)]
+        scores = torch.stack([0.7 * k[0, i, j, 0] @ q[0, y, x, 0] + bias[0, i - y + 2, j - x + 2] for i, j in pixels])
+        expected = scores.softmax(0) @ torch.stack([v[0, i, j, 0] for i, j in pixels])
+        assert_close("pixel", expected, out[0, y, x, 0], 1e-12)

@@ -1,0 +1,98 @@
+"""Windows without overlap, their attention, and other small modules that several backbones share."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from visionattn.ops import crop, pad_to_multiple
+
+
+def split_windows(x: Tensor, side: int) -> Tensor:
+    """``[B, H, W, C]`` to ``[B, H / side, W / side, side * side, C]``, all row by row; ``side`` divides both."""
+    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4)
+
+
+def join_windows(x: Tensor, side: int) -> Tensor:
+    """The way back from ``split_windows``."""
+    return x.unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention along the axis before the last; heads are slices of the channels, scale ``head_dim ** -0.5``.
+
+    Args:
+        query: ``[..., N, C]``.
+        key: ``[..., M, C]``.
+        value: ``[..., M, C]``.
+        num_heads: Heads.
+
+    Returns:
+        ``[..., N, C]``.
+    """
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(-3, -2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
+
+
+@register_notrace_module  # a leaf for torch.fx: the operators' argument checks are not traceable
+class WindowAttention(nn.Module):
+    """Multi-head attention within windows that do not overlap.
+
+    The map is padded with zeros at the bottom and right until ``window_size`` divides it, before the projection: such
+    pixels carry the projection's bias and are attended to. The output is cropped.
+
+    Args:
+        dim: Channels ``C``.
+        num_heads: Attention heads; must divide ``dim``.
+        window_size: Side of a window in pixels.
+        qkv_bias: With biases in the input projection.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shape:
+        x: ``[B, H, W, C]``, any ``H`` and ``W``.
+        returns: ``[B, H, W, C]``.
+
+    Raises:
+        ValueError: Heads that do not divide the channels, or a window below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 7,
+        qkv_bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if dim % num_heads or window_size < 1:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim}, and window_size={window_size} be positive")
+        self.num_heads, self.window_size = num_heads, window_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        windows = split_windows(pad_to_multiple(x, self.window_size), self.window_size)
+        q, k, v = self.qkv(windows).chunk(3, dim=-1)
+        out = join_windows(multi_head_attention(q, k, v, self.num_heads), self.window_size)
+        return self.proj(crop(out, height, width))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, window_size={self.window_size}"
+
+
+class ResidualDepthwiseConv(nn.Conv2d):
+    """A depthwise 3 x 3 convolution added to its input, ``[B, C, H, W]``: position from the zeros at the borders.
+
+    Args:
+        dim: Channels.
+    """
+
+    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.conv2d(x, self.weight, self.bias, padding=1, groups=self.groups)
