@@ -29,7 +29,7 @@ def _need_training_packages() -> None:
 
 
 def train_command(args: argparse.Namespace) -> None:
-    """Compose the configuration and train."""
+    """Compose the configuration and train; several models if it lists them under ``models``."""
     _need_training_packages()
     from visionattn.tasks.config import compose
     from visionattn.tasks.train import train
@@ -39,6 +39,11 @@ def train_command(args: argparse.Namespace) -> None:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(config, resolve=False))
+        return
+    if config.models:
+        from visionattn.tasks.comparison import compare
+
+        print(compare(config, args.overrides))
         return
     for name, value in train(config).items():
         print(f"{name} {value:.4f}")

@@ -1,4 +1,4 @@
-"""Memory of routed attention beyond inputs, outputs and gradients, as PyTorch's CPU allocator reports it."""
+"""Memory of the operators beyond inputs, outputs and gradients, as PyTorch's CPU allocator reports it."""
 
 import pytest
 import torch
@@ -113,3 +113,39 @@ def test_cut_regions_and_channels_change_nothing(name, dtype):
     rel = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
     for label, expected, actual in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
         assert_close(label, expected, actual, rel)
+
+
+# neighbourhood operators: batch, side of the map, heads, head_dim, kernel, dilation
+WINDOWS = [
+    (1, 56, 2, 32, 7, 1),
+    (2, 28, 4, 32, 7, 4),
+    (2, 14, 8, 32, 7, 1),
+    (1, 7, 16, 32, 7, 1),
+    (1, 56, 2, 32, 13, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B, side, heads, d, kernel, dilation", WINDOWS)
+def test_neighborhood_attention_is_bounded(B, side, heads, d, kernel, dilation, dtype):
+    query, key, value = (torch.randn(B, side, side, heads, d).to(dtype) for _ in range(3))
+    bias = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1).to(dtype)
+    rest = [kernel, kernel], [dilation, dilation], d**-0.5
+    (out, lse), extra = run_metered(OPS.neighborhood_attention, query, key, value, bias, *rest)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    _, more = run_metered(OPS.neighborhood_attention_backward, *grads, query, key, value, bias, out, lse, *rest)
+    assert max(extra, more) < 4 * size(key, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "B, side, groups, d, kernels", [(1, 56, 4, 8, (5, 13)), (2, 14, 8, 8, (5, 13)), (1, 7, 16, 16, (5, 7))]
+)
+def test_neighborhood_sum_takes_less_than_its_inputs(B, side, groups, d, kernels, dtype):
+    logits = torch.randn(B, sum(k * k for k in kernels), groups, side, side).to(dtype)
+    value = torch.randn(B, side, side, 2 * groups, d).to(dtype)
+    bias = torch.randn(groups, sum((2 * k - 1) ** 2 for k in kernels)).to(dtype)
+    (out, lse), extra = run_metered(OPS.neighborhood_sum, logits, value, bias, list(kernels), True)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    _, more = run_metered(OPS.neighborhood_sum_backward, *grads, logits, value, bias, lse, list(kernels), True)
+    assert max(extra, more) < size(logits, value)

@@ -183,7 +183,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             key = re.sub(pattern, name, key)
         if key.endswith(".rpb") and key in own and tensor.shape != own[key].shape and tensor.dim() == 3:
             size = own[key].shape[1:]
-            tensor = nn.functional.interpolate(tensor[None].float(), size, mode="bicubic", align_corners=False)[0]
+            tensor = nn.functional.interpolate(tensor[None], size, mode="bicubic", align_corners=False)[0]
         renamed[key] = tensor
     return renamed
 
@@ -229,7 +229,6 @@ default_cfgs = generate_default_cfgs(
         "dinat_s.in1k": _dicfg(url=_DINAT.format("dinat_small_in1k_224")),
         "dinat_b.in1k": _dicfg(url=_DINAT.format("dinat_base_in1k_224")),
         "dinat_l.in22k_ft_in1k": _dicfg(url=_DINAT.format("dinat_large_in22k_in1k_224")),
-        # for these give dilations=((1, 13, 1), (1, 6), (1, 3), 1), and for the other kernel_size=11 alone
         "dinat_l.in22k_ft_in1k_384": _dicfg(url=_DINAT.format("dinat_large_in22k_in1k_384"), **_LARGE),
         "dinat_l.in22k_ft_in1k_384_k11": _dicfg(url=_DINAT.format("dinat_large_in22k_in1k_384_11x11"), **_LARGE),
         "test_nat.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
@@ -243,6 +242,10 @@ _BASE = dict(embed_dims=(128, 256, 512, 1024), num_heads=(4, 8, 16, 32), mlp_rat
 _WIDE = dict(embed_dims=(192, 384, 768, 1536), num_heads=(6, 12, 24, 48), mlp_ratio=2.0)
 _TEST = dict(depths=(1, 1, 2, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), kernel_size=3)
 _DILATED: dict[str, Any] = dict(dilations=((1, 8, 1), (1, 4), (1, 2), 1))
+_DINAT_L = {
+    "in22k_ft_in1k_384": dict(dilations=((1, 13, 1), (1, 6), (1, 3), 1)),
+    "in22k_ft_in1k_384_k11": dict(kernel_size=11),
+}
 
 
 @register_model
@@ -307,5 +310,7 @@ def dinat_b(pretrained: bool = False, **kwargs: Any) -> NAT:
 
 @register_model
 def dinat_l(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large, trained on ImageNet-22K."""
-    return _create_nat("dinat_l", pretrained, **{**_WIDE, **_DILATED, **kwargs})
+    """DiNAT-Large, trained on ImageNet-22K; the tags for 384 pixels bring their dilations or kernel with them."""
+    tag = kwargs.get("pretrained_cfg")
+    tagged = _DINAT_L.get(tag if isinstance(tag, str) else "", {})
+    return _create_nat("dinat_l", pretrained, **{**_WIDE, **_DILATED, **tagged, **kwargs})

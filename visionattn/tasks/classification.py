@@ -15,6 +15,23 @@ from torchmetrics.classification import MulticlassAccuracy
 from visionattn.data.randomness import seed_all, seed_from
 
 
+def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Move parameters that have a learning rate of their own to further groups of the optimizer.
+
+    Args:
+        optimizer: Before a scheduler reads its groups; timm's schedulers honour their ``lr_scale``.
+        model: Its method ``lr_scales``, if any, gives factors by the names of parameters.
+    """
+    factors = model.lr_scales() if hasattr(model, "lr_scales") else {}
+    scales = {model.get_parameter(name): factor for name, factor in factors.items()}
+    for group in list(optimizer.param_groups):
+        for factor in sorted({scales[p] for p in group["params"] if p in scales}):
+            moved = [p for p in group["params"] if scales.get(p) == factor]
+            group["params"] = [p for p in group["params"] if scales.get(p) != factor]
+            scale = factor * group.get("lr_scale", 1.0)
+            optimizer.add_param_group({**group, "params": moved, "lr_scale": scale})
+
+
 class Classification(lightning.LightningModule):
     """Cross-entropy training with mixup, cutmix and a cosine learning rate.
 
@@ -38,6 +55,7 @@ class Classification(lightning.LightningModule):
         cutmix: Alpha of cutmix, 0 for none.
         ema_decay: Decay of an exponential moving average of the weights.
         ema_eval: Validate the averaged weights instead of the trained ones (and so choose the best checkpoint by them).
+        aux_weight: Weight of the same loss on each further output of a model that returns several in training.
         hparams: Plain values that a checkpoint keeps under ``hyper_parameters``.
     """
 
@@ -59,12 +77,14 @@ class Classification(lightning.LightningModule):
         cutmix: float,
         ema_decay: float | None,
         ema_eval: bool,
+        aux_weight: float,
         hparams: dict[str, Any],
     ):
         super().__init__()
         self.model = model
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
         self.ema_eval = ema_eval
+        self.aux_weight = aux_weight
         self.averaged_steps = 0
         self.seed, self.epochs, self.min_lr = seed, epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
@@ -81,6 +101,7 @@ class Classification(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; the learning rate is set by ``on_train_epoch_start``."""
         optimizer = create_optimizer_v2(self.model, **self.optimizer_args)
+        scale_learning_rates(optimizer, self.model)
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=self.epochs,
@@ -108,7 +129,9 @@ class Classification(lightning.LightningModule):
             if even == 0:
                 return None
             images, labels = self.mixup(images[:even].clone(), labels[:even])
-        loss = self.loss(self.model(images), labels)
+        output = self.model(images)
+        logits, *further = output if isinstance(output, tuple) else (output,)
+        loss = self.loss(logits, labels) + self.aux_weight * sum(self.loss(x, labels) for x in further)
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
         )

@@ -43,6 +43,8 @@ class ImageData(lightning.LightningDataModule):
         self.data_config = fixed
         sized = {k: fixed[k] for k in ("input_size", "mean", "std", "interpolation")}
         kwargs = dict(seed=seed, on_error=config["on_error"])
+        # images may be resized in a random way for training only
+        sized["interpolation"] = given.pop("train_interpolation", sized["interpolation"])
         self.train = Samples(train, create_transform(**sized, **given, is_training=True), **kwargs)
         self.val = Samples(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
 
