@@ -35,11 +35,12 @@ def assert_close(name: str, expected: Any, actual: Any, rel: float) -> None:
     )
 
 
-def assert_golden(name: str, expected: Any, actual: Any, rel: float = GOLDEN) -> None:
-    """Largest error at most ``rel`` times the standard deviation of ``expected``."""
+def assert_golden(name: str, expected: Any, actual: Any, rel: float = GOLDEN) -> float:
+    """Largest error at most ``rel`` times the standard deviation of ``expected``; returns the share."""
     expected, actual = _compared(name, expected, actual)
     error, std = (actual - expected).abs().max().item(), expected.std(correction=0).item()
     assert error <= rel * std, f"{name}: largest error {error:.3e} is {error / std:.3e} of the std, allowed {rel:.0e}"
+    return error / std
 
 
 def load_reference(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

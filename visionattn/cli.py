@@ -106,6 +106,23 @@ def convert_command(args: argparse.Namespace) -> None:
     print(f"{path}, entered in {path.with_name('index.csv')}")
 
 
+def benchmark_command(args: argparse.Namespace) -> None:
+    """Time models, or attention layers, side by side."""
+    import torch
+
+    from visionattn.tasks.benchmark import benchmark_attention, benchmark_models
+
+    if bool(args.models) == (args.attention is not None):
+        raise ValueError("give either names of models or --attention SIDE")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    common = (args.batch, args.rounds, args.device, args.dtype)
+    if args.attention is not None:
+        print(benchmark_attention(args.attention, args.dim, args.heads, *common))
+    else:
+        print(benchmark_models(args.models, common[0], args.size, *common[1:]))
+
+
 def _add_training(commands: Any) -> None:
     command = commands.add_parser("list", help="list the backbones")
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'biformer_*'")
@@ -148,6 +165,23 @@ def _add_using(commands: Any) -> None:
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
     command.add_argument("--output", default="prediction.png", help="picture to write (default prediction.png)")
     command.set_defaults(run=predict_command)
+    command = commands.add_parser(
+        "benchmark",
+        help="time models or attention layers side by side",
+        description="visionattn benchmark davit_t davit_tiny patnet_t2:folded fasternet_t2 --threads 2; "
+        "or visionattn benchmark --attention 14 --batch 16",
+    )
+    command.add_argument("models", nargs="*", metavar="MODEL[:folded]", help="names of timm or this package")
+    command.add_argument("--attention", type=int, metavar="SIDE", help="HiLo and its peers on maps of this side")
+    command.add_argument("--dim", type=int, default=384, help="channels of the maps (default 384)")
+    command.add_argument("--heads", type=int, default=12, help="attention heads (default 12)")
+    command.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
+    command.add_argument("--size", type=int, help="side of the images (default: each model's own)")
+    command.add_argument("--rounds", type=int, default=30, help="times that each is called (default 30)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    command.set_defaults(run=benchmark_command)
     command = commands.add_parser("convert", help="turn an official checkpoint into safetensors, with its digests")
     command.add_argument("model", help="timm name, with or without a tag: biformer_s.in1k")
     command.add_argument("file", help="official .pth or .safetensors file")

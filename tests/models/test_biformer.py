@@ -12,7 +12,6 @@ import visionattn
 from visionattn.models.biformer import BiFormerBlock
 
 RENAME = {"mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "attn.qkv.qkv": "attn.qkv", "attn.wo": "attn.proj"}
-NETWORKS = {"tiny": "biformer_t", "small": "biformer_s", "base": "biformer_b", "stl": "biformer_stl"}
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -32,25 +31,6 @@ def test_block_equals_published_block(stage):
     for key, expected in stored.items():
         grad = block.get_parameter(renamed(key.removeprefix("grad_param."), RENAME)).grad.reshape(-1)
         assert_golden(key, expected, grad[:: max(1, grad.numel() // 512)])
-
-
-@pytest.mark.parametrize("size", NETWORKS)
-def test_network_equals_published_network(size, tmp_path):
-    manifest, stored = load_reference(f"backbones/biformer_{size}")
-    path = tmp_path / "published.pth"
-    torch.save({"model": published_weights(manifest)}, path)
-    overlay = dict(file=str(path))
-    model = timm.create_model(NETWORKS[size], pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64)
-    assert sum(p.numel() for p in model.parameters()) == manifest["params"]
-    x = inputs(**manifest["input"]).requires_grad_("grad" in stored)
-    final, maps = model.eval().forward_intermediates(x)
-    actual = {f"feat{i}": maps[i][:, ::4, ::7, ::7] for i in range(3)}
-    actual.update(feat3=maps[3][:, ::4], logits=model.forward_head(final))
-    if "grad" in stored:
-        actual["grad"] = torch.autograd.grad(actual["logits"].sum(), x)[0][:, :, ::8, ::8]
-    assert actual.keys() == stored.keys()
-    for name, expected in stored.items():
-        assert_golden(name, expected, actual[name])
 
 
 @pytest.mark.parametrize("name", ["biformer_t", "biformer_stl"])

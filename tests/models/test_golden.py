@@ -1,9 +1,13 @@
 """Every family against the outputs of the published networks, loaded from files with the published keys.
 
 ``tests/reference`` holds what fits; a larger collection is used with the environment variable VISIONATTN_REFERENCE.
+With VISIONATTN_AGREEMENT=checkpoints/agreement.csv the errors that are found are written there for the table of models.
 """
 
+import csv
 import math
+import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,6 +19,10 @@ import visionattn
 
 # reference: model and its arguments
 NETWORKS = {
+    "biformer_tiny": ("biformer_t", {}),
+    "biformer_small": ("biformer_s", {}),
+    "biformer_base": ("biformer_b", {}),
+    "biformer_stl": ("biformer_stl", {}),
     "davit_tiny": ("davit_t", {}),
     "davit_tiny_timm": ("davit_t", {}),
     "davit_tiny_230x250": ("davit_t", {}),
@@ -91,10 +99,25 @@ def test_network_equals_published(name, tmp_path):
         actual["grad"] = torch.autograd.grad(actual["logits"].sum(), x)[0][strides_of(manifest, "grad")]
     actual |= {f"tap.{key}": thinned(as_published(key, out)) for key, out in outputs.items()}
     assert actual.keys() == stored.keys()
+    errors = {}
     for key, expected in stored.items():
         there = ~actual[key].isnan()
         assert there.all() or (key.endswith(".0.attn.proj") and there.sum() > 100)
-        assert_golden(key, expected[there], actual[key][there])
+        errors[key] = assert_golden(key, expected[there], actual[key][there])
+    if os.environ.get("VISIONATTN_AGREEMENT"):
+        record(Path(os.environ["VISIONATTN_AGREEMENT"]), model_name, name, errors)
+
+
+def record(path, model, reference, errors):
+    """Put the largest error of a comparison into a table."""
+    rows = {row["reference"]: row for row in csv.DictReader(path.open())} if path.is_file() else {}
+    rows[reference] = dict(
+        reference=reference, model=model, outputs=len(errors), largest_error=f"{max(errors.values()):.0e}"
+    )
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["reference", "model", "outputs", "largest_error"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
 
 
 def as_published(key, out):

@@ -52,26 +52,45 @@ def macs(model: torch.nn.Module, size: tuple[int, int, int]) -> float:
     return counter.get_total_flops() / 2
 
 
+def _agreement(folder: Path) -> dict[str, float]:
+    """Largest error against the published network's outputs, by model."""
+    errors: dict[str, float] = {}
+    with (folder / "agreement.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            errors[row["model"]] = max(errors.get(row["model"], 0.0), float(row["largest_error"]))
+    return errors
+
+
 def zoo_table(folder: Path) -> str:
-    """Markdown table of every registered backbone.
+    """Markdown table of every registered backbone, and of further tags that have published figures.
 
     Args:
-        folder: The folder ``checkpoints`` of the repository: published figures, index and evaluation results.
+        folder: The folder ``checkpoints`` of the repository: published figures, index, agreement, evaluation results.
     """
-    published = _published(folder)
-    lines = ["| model | weights | parameters | MACs | input | top-1 published | verified top-1 |", "|---|" + "---|" * 6]
+    published, errors = _published(folder), _agreement(folder)
+    columns = "model", "weights", "parameters", "MACs", "input", "top-1 published", "verified top-1", "agreement"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in visionattn.list_models():
         if name.startswith("test_"):
             continue
-        model: Any = timm.create_model(name, device="meta")
-        size, identifier = model.pretrained_cfg["input_size"], full_name(model)
-        facts = published.get(identifier)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        row = [f"`{name}`", "-", f"{count / 1e6:.1f} M", f"{macs(model, size) / 1e9:.2f} G", str(size[-1]), "-", "-"]
-        if facts:
-            top1 = verified_top1(identifier, folder)
-            row[1], row[5:] = identifier, [facts["top1"], NOT_RUN if top1 is None else f"{top1:.2f}"]
-        lines.append(f"| {' | '.join(row)} |")
+        first = full_name(timm.create_model(name, device="meta"))
+        tags = [first, *(key for key in published if key.startswith(f"{name}.") and key != first)]
+        for identifier in tags:
+            model: Any = timm.create_model(identifier, device="meta")
+            cfg, facts, top1 = model.pretrained_cfg, published.get(identifier), verified_top1(identifier, folder)
+            weights = bool(cfg["url"] or cfg["hf_hub_id"])
+            count = sum(parameter.numel() for parameter in model.parameters())
+            row = [
+                f"`{name}`" if identifier == first else "",
+                identifier if weights else "-",
+                f"{count / 1e6:.1f} M",
+                f"{macs(model, cfg['input_size']) / 1e9:.2f} G",
+                str(cfg["input_size"][-1]),
+                f"[{facts['top1']}]({facts['source']})" if facts else "-",
+                "-" if not weights else NOT_RUN if top1 is None else f"{top1:.2f}",
+                f"{errors[name]:.0e}" if name in errors else "-",
+            ]
+            lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
