@@ -147,15 +147,15 @@ default_cfgs = generate_default_cfgs(
         "activator_p4_32.untrained": _cfg(),
         "activator_glu_p4_32.untrained": _cfg(),
         "activator_p16_224.untrained": _cfg(**_PHOTO),
-        "test_activator.untrained": _cfg(),
+        "test_activator.untrained": _cfg(input_size=(3, 64, 64)),
     }
 )
 
 
 @register_model
 def test_activator(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """Smallest Activator, for tests and 32 pixels; not a published model."""
-    return _create_activator("test_activator", pretrained, **{**dict(patch_size=4, embed_dim=64), **kwargs})
+    """Smallest Activator, for tests; not a published model."""
+    return _create_activator("test_activator", pretrained, **{**dict(patch_size=8, embed_dim=64), **kwargs})
 
 
 @register_model

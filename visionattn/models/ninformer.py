@@ -49,7 +49,8 @@ class MixerGate(nn.Module):
         """Put a new MLP over ``num_tokens`` tokens, with weights as at the start, in the place of the present one."""
         old = self.mixer.mlp_tokens
         like = dict(device=old.fc1.weight.device, dtype=old.fc1.weight.dtype)
-        self.mixer.mlp_tokens = Mlp(num_tokens, old.fc1.out_features, drop=old.drop1.p, **like).train(self.training)
+        new = Mlp(num_tokens, old.fc1.out_features, drop=old.drop1.p, **like).train(self.training)
+        self.mixer.mlp_tokens = new.requires_grad_(old.fc1.weight.requires_grad)
 
 
 class NiNformer(TokenBackbone):
@@ -212,7 +213,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def test_ninformer(pretrained: bool = False, **kwargs: Any) -> NiNformer:
-    """Smallest NiNformer, for tests and 32 pixels; not a published model."""
+    """Smallest NiNformer, for tests; not a published model."""
     return _create_ninformer("test_ninformer", pretrained, **{**dict(patch_size=4, embed_dim=64), **kwargs})
 
 
