@@ -142,10 +142,10 @@ def test_images_of_another_size_are_refused():
 
 
 def test_patches_must_fill_the_image():
-    with pytest.raises(ValueError, match="patch_size=4 must divide img_size=65x97; resize the images to 64x96"):
+    with pytest.raises(ValueError, match="patch_size=4 must be positive and divide img_size=65x97; .*resize"):
         timm.create_model("test_ninformer", img_size=(65, 97))
     model = timm.create_model("test_ninformer")
-    with pytest.raises(ValueError, match="patch_size=5 must divide img_size=32x32"):
+    with pytest.raises(ValueError, match="patch_size=5 must be positive and divide img_size=32x32"):
         model.set_input_size(patch_size=5)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
@@ -173,6 +173,7 @@ def test_new_size_with_the_same_tokens_keeps_the_weights(recwarn):
 
 @pytest.mark.filterwarnings("ignore:the MLPs over")
 def test_new_size_survives_an_export_to_a_folder(tmp_path):
+    pytest.importorskip("timm.models._input", reason="timm 1.0.29 exports the size of the default configuration")
     model = timm.create_model("test_ninformer").eval()
     model.set_input_size((64, 32), patch_size=8)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)

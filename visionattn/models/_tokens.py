@@ -71,7 +71,7 @@ class SharedNormBlock(nn.Module):
 class TokenBackbone(PyramidBackbone):
     """Base of the backbones that stay at the stride of their patches: a pyramid with one stage per block, all alike.
 
-    There is no final norm; the classifier reads the mean over the map.
+    All maps are ``[B, C, H / patch_size, W / patch_size]``. There is no final norm.
 
     Args:
         stem: The patches.

@@ -72,7 +72,7 @@ class NiNformer(TokenBackbone):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: A ``patch_size`` that does not divide ``img_size``, or no blocks.
+        ValueError: A ``patch_size`` that does not divide ``img_size``, no blocks, or images of another size.
     """
 
     def __init__(
@@ -135,10 +135,9 @@ class NiNformer(TokenBackbone):
 def _check_grid(img_size: int | tuple[int, int], patch_size: int) -> None:
     height, width = to_2tuple(img_size)
     if patch_size < 1 or height % patch_size or width % patch_size:
-        near = [max(round(side / max(patch_size, 1)), 1) * max(patch_size, 1) for side in (height, width)]
         raise ValueError(
-            f"patch_size={patch_size} must divide img_size={height}x{width}; "
-            f"resize the images to {near[0]}x{near[1]}, or choose another patch"
+            f"patch_size={patch_size} must be positive and divide img_size={height}x{width}; "
+            "choose another patch, or resize the images to a multiple of it"
         )
 
 
