@@ -145,8 +145,9 @@ def test_patches_must_fill_the_image():
     with pytest.raises(ValueError, match="patch_size=4 must be positive and divide img_size=65x97; .*resize"):
         timm.create_model("test_ninformer", img_size=(65, 97))
     model = timm.create_model("test_ninformer")
-    with pytest.raises(ValueError, match="patch_size=5 must be positive and divide img_size=32x32"):
-        model.set_input_size(patch_size=5)
+    for side in (0, 5, 64):
+        with pytest.raises(ValueError, match=f"patch_size={side} must be positive and divide img_size=32x32"):
+            model.set_input_size(patch_size=side)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 

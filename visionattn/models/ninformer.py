@@ -115,8 +115,8 @@ class NiNformer(TokenBackbone):
         Raises:
             ValueError: A ``patch_size`` that does not divide ``img_size``.
         """
-        img_size = to_2tuple(img_size or self.stem.img_size)
-        _check_grid(img_size, patch_size or self.stem.patch_size[0])
+        img_size = self.stem.img_size if img_size is None else to_2tuple(img_size)
+        _check_grid(img_size, self.stem.patch_size[0] if patch_size is None else patch_size)
         previous = self.stem.grid_size
         self.stem.set_input_size(img_size, patch_size)
         self._set_reductions()
@@ -134,7 +134,7 @@ class NiNformer(TokenBackbone):
 
 def _check_grid(img_size: int | tuple[int, int], patch_size: int) -> None:
     height, width = to_2tuple(img_size)
-    if patch_size < 1 or height % patch_size or width % patch_size:
+    if not 1 <= patch_size <= min(height, width) or height % patch_size or width % patch_size:
         raise ValueError(
             f"patch_size={patch_size} must be positive and divide img_size={height}x{width}; "
             "choose another patch, or resize the images to a multiple of it"
