@@ -30,8 +30,9 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: i
     Returns:
         ``[..., N, C]``.
     """
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(-3, -2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
+    # PyTorch has fused kernels for four axes only
+    q, k, v = (x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(query.shape)
 
 
 @register_notrace_module  # a leaf for torch.fx: the operators' argument checks are not traceable
