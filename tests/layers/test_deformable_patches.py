@@ -42,9 +42,9 @@ def test_layer_equals_deformable_convolution(side, size, spread):
     wanted = (x, *layer.parameters())
     out = layer(x)
     assert_close("out", expected, out, 1e-12)
-    grads = zip(torch.autograd.grad(expected, wanted, cotangent), torch.autograd.grad(out, wanted, cotangent))
-    for i, (theirs, ours) in enumerate(grads):
-        assert_close(f"gradient {i}", theirs, ours, 1e-11)
+    theirs = torch.autograd.grad(expected, wanted, cotangent)
+    for i, (expected, grad) in enumerate(zip(theirs, torch.autograd.grad(out, wanted, cotangent), strict=True)):
+        assert_close(f"gradient {i}", expected, grad, 1e-11)
 
 
 def test_new_layer_is_an_ordinary_convolution():

@@ -1,4 +1,4 @@
-"""Modules used by two or more backbones, or that wrap an operator."""
+"""Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
 from visionattn.layers.deformable_patches import DeformablePatches
 from visionattn.layers.hilo_attention import HiLoAttention

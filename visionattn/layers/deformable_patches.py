@@ -46,8 +46,8 @@ class DeformablePatches(nn.Conv2d):
         super().__init__(in_dim, dim, side, stride=side, device=device, dtype=dtype)
         self.side = side
         self.conv_offset = nn.Conv2d(in_dim, 2 * side * side, side, stride=side, device=device, dtype=dtype)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width, side = x.shape[2], x.shape[3], self.side
