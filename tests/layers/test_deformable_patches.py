@@ -27,7 +27,7 @@ def test_merging_equals_published_module():
 
 
 def make(side, spread):
-    """A layer whose offsets have about ``spread`` pixels; with whole positions only for ``spread=0``."""
+    """A layer whose offsets are about ``spread`` pixels."""
     layer = DeformablePatches(6, 5, side).double()
     torch.nn.init.normal_(layer.conv_offset.weight, std=spread / (6 * side * side) ** 0.5)
     return layer
