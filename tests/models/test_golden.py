@@ -40,7 +40,13 @@ NETWORKS = {
     "nat_base": ("nat_b", {}),
     "dinat_mini": ("dinat_mini", {}),
     "dinat_tiny": ("dinat_t", {}),
+    "overlock_xt": ("overlock_xt", {"aux_head": True}),
+    "overlock_xt_192x160": ("overlock_xt", {"aux_head": True}),
+    "overlock_t": ("overlock_t", {"aux_head": True}),
+    "overlock_s": ("overlock_s", {"aux_head": True}),
+    "overlock_b": ("overlock_b", {"aux_head": True}),
 }
+INNER = {"base": "stages.2.base", "overview": "stages.2.overview"}  # maps that are not a stage's output
 SHAPES = {"dinat_small": "dinat_s", "dinat_base": "dinat_b", "dinat_large": "dinat_l"}
 EVERY_NETWORK = pytest.mark.parametrize(
     "name", [name for name in NETWORKS if (fill.HERE / f"backbones/{name}.npz").is_file()]
@@ -92,12 +98,19 @@ def test_network_equals_published(name, tmp_path):
     module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
     taps = [key.removeprefix("tap.") for key in stored if key.startswith("tap.")]
     outputs, handles = tapped(model, weights, module.checkpoint_filter_fn, taps)
+    inner = {}
+    for key in INNER.keys() & stored.keys():
+        part = model.get_submodule(INNER[key])
+        handles.append(part.register_forward_hook(lambda m, i, out, key=key: inner.__setitem__(key, out)))
     x = inputs(**manifest["input"]).requires_grad_("grad" in stored)
     final, maps = model.forward_intermediates(x)
     actual = {f"feat{i}": feature[strides_of(manifest, f"feat{i}")] for i, feature in enumerate(maps)}
     actual["logits"] = model.forward_head(final)
     for handle in handles:
         handle.remove()
+    if "aux_logits" in stored:
+        actual["aux_logits"] = model.aux_head(inner["overview"])
+    actual |= {key: out[strides_of(manifest, key)] for key, out in inner.items()}
     if "grad" in stored:
         actual["grad"] = torch.autograd.grad(actual["logits"].sum(), x)[0][strides_of(manifest, "grad")]
     actual |= {f"tap.{key}": thinned(as_published(key, out)) for key, out in outputs.items()}

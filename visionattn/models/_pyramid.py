@@ -87,7 +87,7 @@ class PyramidBackbone(nn.Module):
         self.head = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -102,8 +102,9 @@ class PyramidBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -121,7 +122,7 @@ class PyramidBackbone(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.to(device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -151,16 +152,20 @@ class PyramidBackbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r} is not offered; maps come as 'NCHW'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.feature_info) - 1
-        intermediates = []
-        x = self.stem(check_image(x, self.in_chans))
-        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+        maps = self.stage_maps(x, max_index + 1 if stop_early else len(self.stages))
+        last, final = len(self.feature_info) - 1, maps[-1]
+        if len(maps) > last and (norm or not intermediates_only):
+            final = self.norm(final)
+        intermediates = [final if norm and i == last else maps[i] for i in range(len(maps)) if i in take_indices]
+        return intermediates if intermediates_only else (final, intermediates)
+
+    def stage_maps(self, x: Tensor, count: int) -> list[Tensor]:
+        """Images ``[B, in_chans, H, W]`` to the outputs of the first ``count`` stages."""
+        x, maps = self.stem(check_image(x, self.in_chans)), []
+        for stage in self.stages[:count]:
             x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last else x)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if i == last else x, intermediates
+            maps.append(x)
+        return maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
