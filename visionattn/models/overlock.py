@@ -377,12 +377,12 @@ class OverLoCK(PyramidBackbone):
         whole = len(self.stages) == 4
         projected = whole and bool(num_classes or global_pool)
         if projected != isinstance(self.projection, nn.Sequential):
-            width, self.projection = self.num_features, nn.Identity()
+            width, projection = self.num_features, nn.Identity()
             if projected:
                 width = self.projection_dim
-                self.projection = nn.Sequential(*conv_norm(self.num_features, width, **dd), nn.SiLU())
-                self.projection.apply(_init_weights).train(self.training)
-            self.head = ClassifierHead(width, 0, global_pool, self.head.drop.p, **dd)
+                projection = nn.Sequential(*conv_norm(self.num_features, width, **dd), nn.SiLU())
+            self.projection = projection.apply(_init_weights).train(self.training)
+            self.head = ClassifierHead(width, 0, global_pool, self.head.drop.p, **dd).train(self.training)
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = None
         if self.with_aux_head and whole and num_classes:
@@ -409,6 +409,12 @@ class OverLoCK(PyramidBackbone):
             focus=[(r"^stages\.(3)\.downsample", (0,)), (r"^stages\.(\d)\.focus\.blocks\.(\d+)", None)],
         )
 
+    def _run(self, x: Tensor) -> list[Tensor]:
+        maps = [self.stem(check_image(x, self.in_chans))]
+        for stage in self.stages:
+            maps = stage(maps)
+        return maps
+
     def stage_maps(self, x: Tensor, count: int) -> list[Tensor]:
         """Images ``[B, in_chans, H, W]`` to the outputs of the first ``count`` stages."""
         state, maps = [self.stem(check_image(x, self.in_chans))], []
@@ -419,7 +425,7 @@ class OverLoCK(PyramidBackbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, H, W]`` to the last map and its context, ``[B, C * 5 / 4, H/32, W/32]``."""
-        return self.stages([self.stem(check_image(x, self.in_chans))])[0]
+        return self._run(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map to logits ``[B, num_classes]``, or to the pooled features with ``pre_logits``."""
@@ -427,7 +433,7 @@ class OverLoCK(PyramidBackbone):
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        maps = self.stages([self.stem(check_image(x, self.in_chans))])
+        maps = self._run(x)
         if self.aux_head is not None and self.training:
             return self.forward_head(maps[0]), self.aux_head(maps[2])
         return self.forward_head(maps[0])
