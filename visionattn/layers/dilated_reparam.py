@@ -40,7 +40,7 @@ def _conv_norm(
 class DilatedReparamConv(nn.Module):
     """Sum of a large depthwise convolution and smaller, dilated ones, each with a batch norm of its own.
 
-    In evaluation the sum is one convolution: ``timm.utils.reparameterize_model`` puts the result of ``fuse`` in the
+    In evaluation the sum is one convolution: ``timm.models.reparameterize_model`` puts the result of ``fuse`` in the
     module's place.
 
     Args:

@@ -1,7 +1,7 @@
 """OverLoCK: a convolutional network that looks at the whole image first and then again, closely, with that in mind.
 
-The Base-Net (three stages) feeds a small Overview-Net, whose map is the context of the Focus-Net: two more stages on the
-Base-Net's map whose dynamic convolutions take their kernels from the context.
+The Base-Net, three stages, feeds a small Overview-Net, whose map is the context of the Focus-Net: two more stages on
+the Base-Net's map, with dynamic convolutions that take their kernels from the context.
 
 Paper: OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels, Lou and Yu, CVPR 2025,
 arXiv:2502.20087.
@@ -18,19 +18,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, SqueezeExcite, trunc_normal_
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model, reparameterize_model
 from torch import Tensor, nn
 
 from visionattn.layers import ContextMixing, DilatedReparamConv, ResidualDepthwiseConv
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_image
 from visionattn.models._weights import build_backbone
-
-
-def large_conv(dim: int, kernel_size: int, merged: bool, **dd: Any) -> nn.Module:
-    """Large depthwise convolution with its branches, or the one convolution that they merge into."""
-    if merged:
-        return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
-    return DilatedReparamConv(dim, kernel_size, **dd)
 
 
 def conv_norm(in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, **dd: Any) -> nn.Sequential:
@@ -77,26 +70,18 @@ class RepConvBlock(nn.Module):
         kernel_size: Side of the large convolution.
         mlp_ratio: Hidden width of the MLP over ``dim``.
         scaled: With factors on the residual (not on the branch).
-        merged: With one large convolution in place of the branches to train.
         drop_path: Rate of stochastic depth.
     """
 
     def __init__(
-        self,
-        dim: int,
-        kernel_size: int,
-        mlp_ratio: float = 4.0,
-        scaled: bool = True,
-        merged: bool = False,
-        drop_path: float = 0.0,
-        **dd: Any,
+        self, dim: int, kernel_size: int, mlp_ratio: float = 4.0, scaled: bool = True, drop_path: float = 0.0, **dd: Any
     ):
         super().__init__()
         self.dwconv = ResidualDepthwiseConv(dim, **dd)
         self.ls = ChannelAffine(dim, **dd) if scaled else nn.Identity()
         self.branch = nn.Sequential(
             LayerNorm2d(dim, eps=1e-6, **dd),
-            large_conv(dim, kernel_size, merged, **dd),
+            DilatedReparamConv(dim, kernel_size, **dd),
             nn.BatchNorm2d(dim, **dd),
             squeeze_excite(dim, **dd),
         )
@@ -121,7 +106,6 @@ class DynamicConvBlock(nn.Module):
         small_kernel: Side of its small kernels.
         mlp_ratio: Hidden width of the MLP over ``C``.
         first: The running context is that of the start, so nothing is added.
-        merged: With one fixed large convolution in place of the branches to train.
         drop_path: Rate of stochastic depth.
 
     Shape:
@@ -139,7 +123,6 @@ class DynamicConvBlock(nn.Module):
         small_kernel: int = 5,
         mlp_ratio: float = 3.0,
         first: bool = False,
-        merged: bool = False,
         drop_path: float = 0.0,
         **dd: Any,
     ):
@@ -158,7 +141,7 @@ class DynamicConvBlock(nn.Module):
             GlobalResponseNorm(dim, channels_last=False, **dd),
         )
         self.gate = nn.Sequential(*conv_norm(dim, dim, **dd), nn.SiLU())
-        self.lepe = nn.Sequential(large_conv(dim, kernel_size, merged, **dd), nn.BatchNorm2d(dim, **dd))
+        self.lepe = nn.Sequential(DilatedReparamConv(dim, kernel_size, **dd), nn.BatchNorm2d(dim, **dd))
         self.mix = ContextMixing(dim, context_dim, num_heads, kernel_size, small_kernel, **dd)
         self.mix_proj = conv_norm(dim, dim, **dd)
         self.se = squeeze_excite(dim, **dd)
@@ -290,8 +273,8 @@ class OverLoCK(PyramidBackbone):
         focus_mlp_ratio: The same in the Focus-Net.
         head_hidden_size: Channels of the map that is pooled for the classifier.
         aux_head: With a classifier on the Overview-Net, for a second loss.
-        merged: For inference: one large convolution in place of each sum of branches, as
-            ``timm.utils.reparameterize_model`` makes of a trained model.
+        merged: For inference: one large convolution in place of each sum of branches, what
+            ``timm.models.reparameterize_model`` makes of a trained model.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         device: Device of the parameters.
@@ -338,15 +321,14 @@ class OverLoCK(PyramidBackbone):
         def base(i: int) -> PyramidStage:
             dim = embed_dims[i]
             blocks: list[nn.Module] = [
-                RepConvBlock(dim, kernel_sizes[i], mlp_ratio, i >= 2, merged, next(rates), **dd)
-                for _ in range(depths[i])
+                RepConvBlock(dim, kernel_sizes[i], mlp_ratio, i >= 2, next(rates), **dd) for _ in range(depths[i])
             ]
             return PyramidStage(conv_norm(embed_dims[i - 1], dim, 3, 2, **dd) if i > 0 else nn.Identity(), blocks)
 
         def focus(i: int) -> FocusBlocks:
             args = (embed_dims[i], context_dim, num_heads[i - 2], kernel_sizes[i], small_kernel, focus_mlp_ratio)
             first = [i == 2 and j == 0 for j in range(focus_depths[i - 2])]
-            return FocusBlocks([DynamicConvBlock(*args, no_context, merged, next(rates), **dd) for no_context in first])
+            return FocusBlocks([DynamicConvBlock(*args, no_context, next(rates), **dd) for no_context in first])
 
         self.stem = conv_stem(in_chans, embed_dims[0], **dd)
         context = nn.Conv2d(embed_dims[3], context_dim, 1, **dd)
@@ -358,10 +340,12 @@ class OverLoCK(PyramidBackbone):
         ]
         dims = (*embed_dims[:2], embed_dims[2] + context_dim, embed_dims[3] + context_dim)
         self.overview_dim, self.projection_dim, self.with_aux_head = embed_dims[3], head_hidden_size, aux_head
-        self.projection: nn.Module = nn.Identity()
+        self.projection = nn.Sequential()
         self.finish(stages, nn.Identity(), dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
+        if merged:
+            reparameterize_model(self, inplace=True)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifiers.
@@ -376,12 +360,10 @@ class OverLoCK(PyramidBackbone):
             global_pool = self.head.global_pool.pool_type
         whole = len(self.stages) == 4
         projected = whole and bool(num_classes or global_pool)
-        if projected != isinstance(self.projection, nn.Sequential):
-            width, projection = self.num_features, nn.Identity()
-            if projected:
-                width = self.projection_dim
-                projection = nn.Sequential(*conv_norm(self.num_features, width, **dd), nn.SiLU())
-            self.projection = projection.apply(_init_weights).train(self.training)
+        if projected != (len(self.projection) > 0):
+            width = self.projection_dim if projected else self.num_features
+            layers = (*conv_norm(self.num_features, width, **dd), nn.SiLU()) if projected else ()
+            self.projection = nn.Sequential(*layers).apply(_init_weights).train(self.training)
             self.head = ClassifierHead(width, 0, global_pool, self.head.drop.p, **dd).train(self.training)
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = None
@@ -511,13 +493,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         if isinstance(state_dict.get(inner), dict):
             state_dict = state_dict[inner]
     own, renamed = model.state_dict(), {}
-    merged = any(key.endswith(".lk_origin.bias") for key in state_dict)
-    if merged == any(isinstance(m, DilatedReparamConv) for m in model.modules()) and any(
-        ".lk_origin." in key for key in state_dict
-    ):
+    large = [key.rpartition(".")[2] for key in state_dict if ".lk_origin." in key]
+    merged, branches = "bias" in large, any(isinstance(module, DilatedReparamConv) for module in model.modules())
+    if large and merged == branches:
         raise ValueError(
             f"the checkpoint has {'merged' if merged else 'multi-branch'} convolutions; create the model with "
-            f"merged={merged} (timm.utils.reparameterize_model merges a loaded one)"
+            f"merged={merged} (timm.models.reparameterize_model merges a loaded one)"
         )
     for key, tensor in state_dict.items():
         for pattern, name in (*_OFFICIAL_KEYS, (r"\.lk_origin\.", "." if merged else ".large.0.")):
@@ -534,6 +515,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_overlock(variant: str, pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    if kwargs.get("pretrained_cfg") == "in1k_merged":  # the tag in a name
+        kwargs.setdefault("merged", True)
     return build_backbone(OverLoCK, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
@@ -562,7 +545,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 def _cfgs(name: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
     return {
         f"{name}.in1k": _cfg(url=_RELEASE.format(name, ""), **kwargs),
-        f"{name}.in1k_merged": _cfg(url=_RELEASE.format(name, "_reparam"), **kwargs),  # give merged=True
+        f"{name}.in1k_merged": _cfg(url=_RELEASE.format(name, "_reparam"), **kwargs),
     }
 
 
@@ -580,16 +563,9 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def test_overlock(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """Smallest OverLoCK, for tests; not a published model."""
-    args = dict(
-        depths=(1, 1, 1, 1),
-        focus_depths=(2, 1),
-        embed_dims=(16, 32, 48, 64),
-        num_heads=(1, 2),
-        kernel_sizes=(7, 7, 5, 5),
-        small_kernel=3,
-        head_hidden_size=128,
-    )
-    return _create_overlock("test_overlock", pretrained, **{**args, **kwargs})
+    args = dict(depths=(1, 1, 1, 1), focus_depths=(2, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2))
+    sizes = dict(kernel_sizes=(7, 7, 5, 5), small_kernel=3, head_hidden_size=128)
+    return _create_overlock("test_overlock", pretrained, **{**args, **sizes, **kwargs})
 
 
 @register_model
