@@ -10,7 +10,7 @@ import pytest
 import visionattn
 
 TOOL = Path(__file__).parent.parent / "contract" / "timm_contract.py"
-VARIANTS = ["biformer_t"]
+VARIANTS = ["biformer_t", "overlock_xt"]
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ def _legal_size(height: int, width: int, side: int) -> tuple[int, int]:
         short = min(height, width)
         scaled = max(short, side)
     else:
-        short = torch.sym_min(height, width)
-        scaled = torch.sym_max(short, side)
+        short = torch.sym_min(height, width)  # type: ignore[assignment]
+        scaled = torch.sym_max(short, side)  # type: ignore[assignment]
     return height * scaled // short, width * scaled // short
 
 
@@ -119,12 +119,14 @@ class ContextMixing(nn.Module):
         # Taps are linear in the scores, so keys can be mapped to taps before the product with the queries: that is a
         # third of the work, and logits come with the pixels innermost, as the operator reads them.
         mixed = nn.functional.linear(k, self.taps.weight).transpose(1, 2)  # [B*g, taps, C / 2g]
-        logits = (
-            torch.baddbmm(self.taps.bias[:, None], mixed, q).reshape(B, g, self.taps.out_features, H, W).transpose(1, 2)
+        logits = torch.baddbmm(self.taps.bias[:, None], mixed, q)
+        out = neighborhood_sum(
+            logits.reshape(B, g, self.taps.out_features, H, W).transpose(1, 2),
+            value.permute(0, 2, 3, 1).reshape(B, H, W, 2 * g, C // (2 * g)),
+            [self.small_kernel, self.kernel_size],
+            [self.bias_small, self.bias_large],
         )
-        heads = value.permute(0, 2, 3, 1).reshape(B, H, W, 2 * g, C // (2 * g))
-        kernels, biases = [self.small_kernel, self.kernel_size], [self.bias_small, self.bias_large]
-        out = neighborhood_sum(logits, heads, kernels, biases).flatten(3).permute(0, 3, 1, 2)
+        out = out.flatten(3).permute(0, 3, 1, 2)
         return _shrink(out, height, width)
 
     def extra_repr(self) -> str:

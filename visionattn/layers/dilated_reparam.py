@@ -1,5 +1,7 @@
 """A large depthwise convolution that trains as a sum of convolutions and is merged into one for inference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,24 +81,26 @@ class DilatedReparamConv(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that equals the module in evaluation: batch norms folded, kernels added."""
-        large: nn.Conv2d = self.large[0]  # type: ignore[assignment]
-        side = large.kernel_size[0]
-        merged = nn.Conv2d(
-            large.in_channels,
-            large.out_channels,
-            side,
-            padding=side // 2,
-            groups=large.groups,
-            device=large.weight.device,
-            dtype=large.weight.dtype,
-        )
-        kernel, bias = torch.zeros_like(merged.weight), torch.zeros_like(merged.bias)  # type: ignore[arg-type]
-        for conv, norm in (self.large, *self.dilated.values()):  # type: ignore[misc]
+        branches: list[Any] = [self.large, *self.dilated.values()]
+        first: nn.Conv2d = branches[0][0]
+        kernel, bias = torch.zeros_like(first.weight), first.weight.new_zeros(first.out_channels)
+        side = first.kernel_size[0]
+        for conv, norm in branches:
             factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-            first = side // 2 - conv.padding[0]  # of the taps along each axis; they lie a dilation apart
-            taps = slice(first, side - first, conv.dilation[0])
+            margin = (
+                side // 2 - conv.padding[0]
+            )  # the kernel's taps lie a dilation apart in the middle of the large one
+            taps = slice(margin, side - margin, conv.dilation[0])
             kernel[:, :, taps, taps] += conv.weight * factor[:, None, None, None]
             bias += norm.bias - norm.running_mean * factor
-        merged.weight.copy_(kernel)
-        merged.bias.copy_(bias)  # type: ignore[union-attr]
-        return merged.train(self.training).requires_grad_(large.weight.requires_grad)
+        merged = nn.Conv2d(
+            first.in_channels,
+            first.out_channels,
+            side,
+            padding=side // 2,
+            groups=first.groups,
+            device=kernel.device,
+            dtype=kernel.dtype,
+        )
+        merged.load_state_dict(dict(weight=kernel, bias=bias))
+        return merged.train(self.training).requires_grad_(first.weight.requires_grad)
