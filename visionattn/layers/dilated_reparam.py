@@ -24,17 +24,7 @@ def _conv_norm(
     """Depthwise convolution that keeps the size of the map, then batch norm."""
     padding = dilation * (kernel_size // 2)
     return nn.Sequential(
-        nn.Conv2d(
-            dim,
-            dim,
-            kernel_size,
-            padding=padding,
-            dilation=dilation,
-            groups=dim,
-            bias=False,
-            device=device,
-            dtype=dtype,
-        ),
+        nn.Conv2d(dim, dim, kernel_size, 1, padding, dilation, groups=dim, bias=False, device=device, dtype=dtype),
         nn.BatchNorm2d(dim, device=device, dtype=dtype),
     )
 
@@ -87,20 +77,11 @@ class DilatedReparamConv(nn.Module):
         side = first.kernel_size[0]
         for conv, norm in branches:
             factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-            margin = (
-                side // 2 - conv.padding[0]
-            )  # the kernel's taps lie a dilation apart in the middle of the large one
+            margin = side // 2 - conv.padding[0]  # the taps lie in the middle of the large kernel, a dilation apart
             taps = slice(margin, side - margin, conv.dilation[0])
             kernel[:, :, taps, taps] += conv.weight * factor[:, None, None, None]
             bias += norm.bias - norm.running_mean * factor
-        merged = nn.Conv2d(
-            first.in_channels,
-            first.out_channels,
-            side,
-            padding=side // 2,
-            groups=first.groups,
-            device=kernel.device,
-            dtype=kernel.dtype,
-        )
+        dim = first.out_channels
+        merged = nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim, device=kernel.device, dtype=kernel.dtype)
         merged.load_state_dict(dict(weight=kernel, bias=bias))
         return merged.train(self.training).requires_grad_(first.weight.requires_grad)
