@@ -29,6 +29,11 @@ NETWORKS = {
     "nat_base": ("nat_b", {}),
     "dinat_mini": ("dinat_mini", {}),
     "dinat_tiny": ("dinat_t", {}),
+    "patnet_t0": ("patnet_t0", {}),
+    "patnet_t0_yaml": ("patnet_t0", dict(use_spatial_attn=False)),
+    "patnet_t1": ("patnet_t1", {}),
+    "patnet_t2": ("patnet_t2", {}),
+    "patnet_s": ("patnet_s", {}),
 }
 SHAPES = {"dinat_small": "dinat_s", "dinat_base": "dinat_b", "dinat_large": "dinat_l"}
 EVERY_NETWORK = pytest.mark.parametrize(

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 
 @register_notrace_function
-def check_image(x: Tensor, in_chans: int) -> Tensor:
+def check_image(x: Tensor, in_chans: int, min_size: int = 1) -> Tensor:
     """Refuse a batch whose shape is not ``[B, in_chans, H, W]`` before a convolution does so less clearly."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(
             f"the model takes images [B, {in_chans}, H, W], got shape {list(x.shape)}; "
             "for other channels create it with in_chans="
+        )
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(
+            f"the model takes images of at least {min_size} x {min_size} pixels, got {x.shape[2]} x {x.shape[3]}; "
+            "enlarge or pad them"
         )
     return x
 
@@ -48,6 +53,8 @@ class PyramidBackbone(nn.Module):
 
     A subclass builds ``self.stem`` and calls ``finish`` with its stages.
     """
+
+    min_size: int = 1  # side of the smallest image in pixels
 
     def finish(
         self,
@@ -87,7 +94,11 @@ class PyramidBackbone(nn.Module):
         self.head = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self._pre_logits_width()
+
+    @torch.jit.ignore
+    def _pre_logits_width(self) -> int:
+        return getattr(self.head, "hidden_size", None) or self.num_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -121,7 +132,7 @@ class PyramidBackbone(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.to(device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self._pre_logits_width()
 
     def forward_intermediates(
         self,
@@ -153,7 +164,7 @@ class PyramidBackbone(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.feature_info) - 1
         intermediates = []
-        x = self.stem(check_image(x, self.in_chans))
+        x = self.stem(check_image(x, self.in_chans, self.min_size))
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take_indices:
@@ -189,7 +200,7 @@ class PyramidBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, H, W]`` to the normalised last map ``[B, C, H/32, W/32]``."""
-        x = self.stem(check_image(x, self.in_chans))
+        x = self.stem(check_image(x, self.in_chans, self.min_size))
         x = self.stages(x)
         return self.norm(x)
 
