@@ -54,8 +54,6 @@ class PyramidBackbone(nn.Module):
     A subclass builds ``self.stem`` and calls ``finish`` with its stages.
     """
 
-    min_size: int = 1  # side of the smallest image in pixels
-
     def finish(
         self,
         stages: list[nn.Module],
@@ -66,6 +64,7 @@ class PyramidBackbone(nn.Module):
         global_pool: str,
         drop_rate: float,
         head: nn.Module | None = None,
+        min_size: int = 1,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,10 +79,12 @@ class PyramidBackbone(nn.Module):
             global_pool: Pooling before the classifier as in timm, ``""`` for none.
             drop_rate: Dropout before the classifier.
             head: A classifier of timm's kinds in the place of pooling and a linear layer.
+            min_size: Side of the smallest image in pixels.
             device: Device of the classifier.
             dtype: Dtype of the classifier.
         """
         self.in_chans = in_chans
+        self.min_size = min_size
         self.num_classes = num_classes
         self.stages = nn.Sequential(*stages)
         self.norm = norm

@@ -39,9 +39,6 @@ from torch import Tensor, nn
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone
 
-BUCKETS = 81  # published size of the bias tables; distances use the upper half, 40 to 80
-
-
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Factor and offset that a batch norm comes to in evaluation."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -120,15 +117,17 @@ class PartialChannelAttention(nn.Module):
 def distance_buckets(height: int, width: int, device: torch.device) -> Tensor:
     """Row of the bias table for every pair of pixels of a map, ``[N, N]`` with ``N = height * width``.
 
-    Euclidean distances are rounded to pixels; beyond 20 they grow logarithmically, from 160 on they stay.
+    Euclidean distances are rounded to pixels; beyond 20 they grow logarithmically, from 160 on they stay. The rows
+    are 40 to 80: the lower half of the published tables is for signed distances, which this network does not use.
 
-    Reference: iRPE, Wu et al., ICCV 2021, arXiv:2107.14222, as PATNet sets it up.
+    Reference: iRPE, Wu et al., ICCV 2021, arXiv:2107.14222.
     """
     pixel = torch.arange(height * width, device=device)
-    dy, dx = (c[:, None] - c[None, :] for c in (pixel // width, pixel % width))
+    row, column = pixel // width, pixel % width
+    dy, dx = row[:, None] - row[None, :], column[:, None] - column[None, :]
     near = (dy * dy + dx * dx).float().sqrt().round()
-    far = (20 + 20 / math.log(8) * (near.clamp(min=1) / 20).log()).round().clamp(max=40)
-    return torch.where(near <= 20, near, far).long() + BUCKETS // 2
+    far = (20 + 20 / math.log(8.0) * (near.clamp(min=1) / 20).log()).round().clamp(max=40)
+    return torch.where(near <= 20, near, far).long() + 40
 
 
 @register_notrace_module  # a leaf for torch.fx: sizes enter the arithmetic
@@ -146,9 +145,11 @@ class DistanceAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"attn_heads={num_heads} must divide {dim}, three quarters of the last stage's channels")
-        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.bias_table = nn.Parameter(torch.zeros(num_heads, BUCKETS, **dd))
+        self.bias_table = nn.Parameter(torch.zeros(num_heads, 81, **dd))
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -156,11 +157,9 @@ class DistanceAttention(nn.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
-        bias = self.bias_table[:, distance_buckets(H, W, x.device)]  # [heads, N, N]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.to(q.dtype)[None], dropout_p=self.attn_drop if self.training else 0.0
-        )
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, H, W, C)))
+        bias = self.bias_table[:, distance_buckets(H, W, x.device)]  # [heads, N, N], no smaller than the weights
+        weights = self.attn_drop((q * self.scale @ k.transpose(2, 3) + bias).softmax(dim=-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).reshape(B, H, W, C)))
 
 
 class PartialSelfAttention(nn.Module):
@@ -252,59 +251,63 @@ class PATNetBlock(nn.Module):
 
 
 class PATNetHead(nn.Module):
-    """Pooling, a wider layer, activation and classifier; without pooling the map passes as it is.
+    """Pooling, a wider layer, activation and classifier.
+
+    Without pooling the layers work on every pixel; without pooling and classes there are none and the map passes.
 
     Args:
         in_features: Channels of the map.
         num_classes: Classes; 0 leaves the classifier out.
-        hidden_size: Width of the layer after pooling.
-        pool_type: Pooling as in timm, ``""`` for none; then there are no layers at all.
+        width: Channels of the wider layer.
+        pool_type: Pooling as in timm, ``""`` for none.
         drop_rate: Dropout before the classifier.
         act_layer: Activation as timm names it.
 
     Raises:
-        ValueError: A pooling that changes the width, or classes without pooling.
+        ValueError: A pooling that changes the number of channels.
     """
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
-        hidden_size: int = 1280,
+        width: int = 1280,
         pool_type: str = "avg",
         drop_rate: float = 0.0,
         act_layer: str = "relu",
         **dd: Any,
     ):
         super().__init__()
-        self.in_features, self.width = in_features, hidden_size
-        self.conv: nn.Module = nn.Conv2d(in_features, hidden_size, 1, bias=False, **dd)
+        self.in_features, self.width = in_features, width
+        self.conv: nn.Module = nn.Conv2d(in_features, width, 1, bias=False, **dd)
         self.act = get_act_layer(act_layer)()
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type, **dd)
 
     def reset(self, num_classes: int, pool_type: str | None = None, **dd: Any) -> None:
-        """Replace the classifier, and the pooling unless None. Taking the pooling away takes the wider layer with it."""
-        pool_type = self.global_pool.pool_type if pool_type is None else pool_type
-        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=False)
-        if pool.feat_mult() != 1 or (num_classes and not pool_type):
-            raise ValueError(
-                f"global_pool={pool_type!r} with num_classes={num_classes}: PATNet's head takes 'avg', 'max', 'avgmax', "
-                "or '' with num_classes=0"
-            )
+        """Replace the classifier, and the pooling unless it is None; new layers are initialised."""
+        if pool_type is None:
+            pool_type = self.global_pool.pool_type
+        pool = SelectAdaptivePool2d(pool_type=pool_type)
+        if pool.feat_mult() != 1:
+            raise ValueError(f"global_pool={pool_type!r} changes the number of channels; use 'avg', 'max' or 'avgmax'")
         self.global_pool = pool
-        self.hidden_size = self.width if pool_type else None
-        if not pool_type:
+        self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
+        self.hidden_size = self.width if pool_type or num_classes else None
+        if self.hidden_size is None:
             self.conv = nn.Identity()
         elif isinstance(self.conv, nn.Identity):
             self.conv = _init(nn.Conv2d(self.in_features, self.width, 1, bias=False, **dd))
-        self.fc = _init(nn.Linear(self.width, num_classes, **dd)) if num_classes else nn.Identity()
+        self.fc: nn.Module = nn.Identity()
+        if num_classes:
+            layer = nn.Linear(self.width, num_classes, **dd) if pool_type else nn.Conv2d(self.width, num_classes, 1, **dd)
+            self.fc = _init(layer)
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.hidden_size is None:
             return x
-        x = self.drop(self.act(self.conv(self.global_pool(x))).flatten(1))
+        x = self.drop(self.flatten(self.act(self.conv(self.global_pool(x)))))
         return x if pre_logits else self.fc(x)
 
 
@@ -332,8 +335,6 @@ class PATNet(PyramidBackbone):
     Raises:
         ValueError: Lists of other lengths than 4, channels that 4 does not divide, heads that do not divide.
     """
-
-    min_size = 32
 
     def __init__(
         self,
@@ -374,7 +375,9 @@ class PATNet(PyramidBackbone):
             downsample = ConvNorm(embed_dims[i - 1], dim, 2, **dd) if i > 0 else nn.Identity()
             stages.append(PyramidStage(downsample, blocks))
         head = PATNetHead(embed_dims[-1], num_classes, head_hidden_size, global_pool, drop_rate, act_layer, **dd)
-        self.finish(stages, nn.Identity(), embed_dims, in_chans, num_classes, global_pool, drop_rate, head=head, **dd)
+        self.finish(
+            stages, nn.Identity(), embed_dims, in_chans, num_classes, global_pool, drop_rate, head, min_size=32, **dd
+        )
         self.apply(_init)
 
 
