@@ -40,20 +40,43 @@ from torch import Tensor, nn
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone
 
+
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Factor and offset that a batch norm comes to in evaluation."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _conv(weight: Tensor, bias: Tensor | None = None, stride: int | tuple[int, ...] = 1) -> nn.Conv2d:
-    """A convolution without padding that has these parameters."""
-    dim, in_dim, *side = weight.shape
-    conv = nn.Conv2d(in_dim, dim, side, stride, bias=bias is not None, device="meta")
-    conv.weight = nn.Parameter(weight.detach())
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.detach())
-    return conv
+class PixelProduct(nn.Module):
+    """A 1 x 1 convolution as a matrix product, on two cores and one image up to twice as fast.
+
+    Args:
+        weight: ``[C', C]``.
+        bias: ``[C']``, or None.
+
+    Shape:
+        x: ``[B, C, H, W]``.
+        returns: ``[B, C', H, W]``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach())
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, pixels = self.weight.expand(x.shape[0], -1, -1), x.flatten(2)
+        y = torch.bmm(weight, pixels) if self.bias is None else torch.baddbmm(self.bias, weight, pixels)
+        return y.unflatten(2, (x.shape[2], x.shape[3]))
+
+
+def _with_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution and the norm after it as one convolution."""
+    scale, shift = _affine(norm)
+    fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, device="meta")
+    fused.weight = nn.Parameter((conv.weight * scale[:, None, None, None]).detach())
+    fused.bias = nn.Parameter(shift.detach())
+    return fused
 
 
 class ConvNorm(nn.Module):
@@ -75,8 +98,7 @@ class ConvNorm(nn.Module):
 
     def fuse(self) -> nn.Conv2d:
         """The same as one convolution, with the running statistics."""
-        scale, shift = _affine(self.norm)
-        return _conv(self.conv.weight * scale[:, None, None, None], shift, self.conv.stride)
+        return _with_norm(self.conv, self.norm)
 
 
 @register_notrace_function
@@ -87,11 +109,12 @@ def spatial_moments(x: Tensor) -> Tensor:
         ValueError: A map of a single pixel, which has no such deviation.
     """
     pixels = x.shape[2] * x.shape[3]
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-        if pixels < 2:
-            raise ValueError("the channel gate needs a map of at least 2 pixels, got 1; use images of 32 x 32 or more")
+    if (torch.jit.is_scripting() or not torch.compiler.is_compiling()) and pixels < 2:
+        raise ValueError("the channel gate needs a map of at least 2 pixels, got 1; use images of 32 x 32 or more")
     mean = x.mean(dim=(2, 3), keepdim=True)
-    std = torch.linalg.vector_norm(x - mean, dim=(2, 3), keepdim=True) / (pixels - 1) ** 0.5  # 20 times std_mean's speed
+    std = (
+        torch.linalg.vector_norm(x - mean, dim=(2, 3), keepdim=True) / (pixels - 1) ** 0.5
+    )  # 20 times std_mean's speed
     return torch.cat((mean, std), dim=3)
 
 
@@ -283,17 +306,16 @@ class PATNetBlock(nn.Module):
             inner_scale, inner_shift = _affine(mixer.norm)
             kept, gated = weight.split(mixer.split, dim=1)
             weight, shift = torch.cat((kept, gated * inner_scale), dim=1), shift + gated @ inner_shift
-            gate_scale, gate_shift = _affine(mixer.gate_norm)
-            mixer.gate_conv = _conv(mixer.gate_conv.weight * gate_scale[:, None, None, None], gate_shift)
+            mixer.gate_conv = _with_norm(mixer.gate_conv, mixer.gate_norm)
             mixer.norm, mixer.gate_norm = nn.Identity(), nn.Identity()
-        mlp.fc1, mlp.norm = _conv(weight[:, :, None, None], shift), nn.Identity()
+        mlp.fc1, mlp.norm = PixelProduct(weight, shift), nn.Identity()
+        weight = mlp.fc2.weight.flatten(1)
         if isinstance(gate, PartialSpatialAttention):
             (scale1, shift1), (scale2, shift2) = _affine(gate.norm1), _affine(gate.norm2)
-            a, b = mlp.fc2.weight.flatten(1).chunk(2)
-            mix = gate.conv.weight.flatten(1)
-            rows = torch.cat((a * scale1[:, None], mix * scale2 @ b, gate.gate_conv.weight.flatten(1) @ a))
-            mlp.fc2 = _conv(rows[:, :, None, None])
+            (a, b), mix = weight.chunk(2), gate.conv.weight.flatten(1)
+            weight = torch.cat((a * scale1[:, None], mix * scale2 @ b, gate.gate_conv.weight.flatten(1) @ a))
             self.gate = MergedSpatialAttention(torch.cat((shift1, mix @ shift2)))
+        mlp.fc2 = PixelProduct(weight)
 
 
 class PATNetHead(nn.Module):
@@ -346,7 +368,9 @@ class PATNetHead(nn.Module):
             self.conv = _init(nn.Conv2d(self.in_features, self.width, 1, bias=False, **dd))
         self.fc: nn.Module = nn.Identity()
         if num_classes:
-            layer = nn.Linear(self.width, num_classes, **dd) if pool_type else nn.Conv2d(self.width, num_classes, 1, **dd)
+            layer = (
+                nn.Linear(self.width, num_classes, **dd) if pool_type else nn.Conv2d(self.width, num_classes, 1, **dd)
+            )
             self.fc = _init(layer)
         self.train(self.training)
 
@@ -358,7 +382,7 @@ class PATNetHead(nn.Module):
 
 
 class PATNet(PyramidBackbone):
-    """PATNet.
+    """PATNet, for images of at least 32 x 32 pixels and, while it trains, batches of at least 2.
 
     Args:
         in_chans: Channels of the image.
