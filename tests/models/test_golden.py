@@ -45,6 +45,11 @@ NETWORKS = {
     "overlock_t": ("overlock_t", {"aux_head": True}),
     "overlock_s": ("overlock_s", {"aux_head": True}),
     "overlock_b": ("overlock_b", {"aux_head": True}),
+    "patnet_t0": ("patnet_t0", {}),
+    "patnet_t0_yaml": ("patnet_t0", dict(use_spatial_attn=False)),
+    "patnet_t1": ("patnet_t1", {}),
+    "patnet_t2": ("patnet_t2", {}),
+    "patnet_s": ("patnet_s", {}),
 }
 INNER = {"base": "stages.2.base", "overview": "stages.2.overview"}  # maps that are not a stage's output
 SHAPES = {"dinat_small": "dinat_s", "dinat_base": "dinat_b", "dinat_large": "dinat_l"}
