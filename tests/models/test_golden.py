@@ -4,15 +4,12 @@
 With VISIONATTN_AGREEMENT=checkpoints/agreement.csv the errors that are found are written there for the table of models.
 """
 
-import csv
 import math
-import os
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import assert_golden, inputs, load_reference, published_weights
+from helpers import assert_golden, inputs, load_reference, published_weights, record_agreement
 from reference import fill
 
 import visionattn
@@ -125,20 +122,7 @@ def test_network_equals_published(name, tmp_path):
         there = ~actual[key].isnan()
         assert there.all() or (key.endswith(".0.attn.proj") and there.sum() > 100)
         errors[key] = assert_golden(key, expected[there], actual[key][there])
-    if os.environ.get("VISIONATTN_AGREEMENT"):
-        record(Path(os.environ["VISIONATTN_AGREEMENT"]), model_name, name, errors)
-
-
-def record(path, model, reference, errors):
-    """Put the largest error of a comparison into a table."""
-    rows = {row["reference"]: row for row in csv.DictReader(path.open())} if path.is_file() else {}
-    rows[reference] = dict(
-        reference=reference, model=model, outputs=len(errors), largest_error=f"{max(errors.values()):.0e}"
-    )
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["reference", "model", "outputs", "largest_error"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
+    record_agreement(model_name, name, errors)
 
 
 def as_published(key, out):
