@@ -8,10 +8,11 @@ Code: none under this name; https://github.com/haiduo/PartialNet (MIT) of the sa
 without the learned split of its own paper, arXiv:2502.01303. No weights have been published.
 
 What the sources leave open, and what is done here:
-    depths of T0 and T1: the released files say 1, 2, 8, 2, kept here; 1, 2, 6, 4 would come closer to the parameter
-        counts that are quoted for the paper (4.3 and 7.8 million), which could not be checked.
+    depths of T0 and T1: 1, 2, 8, 2 as in the released files; 1, 2, 6, 4 would agree better with what is remembered of
+        the paper's table, which could not be read.
     ``PAT_sp``: in every block, as the figures draw it; of the released files only that of T1 turns it on.
-    heads: 4 for T0 and T1 and 6 for the others, after the name of the switch; the released files set 4 everywhere.
+    heads: 4 for T0 and T1, 6 for the others; the released files set 4 everywhere by a switch that bears T0's name and
+        whose other position is 6.
 
 ``timm.utils.reparameterize_model`` turns a trained network into its inference form: no batch norms, the gates' inner
 convolutions merged with their neighbours, equal outputs.
