@@ -1,5 +1,7 @@
-"""Modules used by two or more backbones, or that wrap an operator."""
+"""Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
+from visionattn.layers.deformable_patches import DeformablePatches
+from visionattn.layers.hilo_attention import HiLoAttention
 from visionattn.layers.neighborhood_attention import NeighborhoodAttention
 from visionattn.layers.routing_attention import RoutingAttention
 from visionattn.layers.windows import (
@@ -11,6 +13,8 @@ from visionattn.layers.windows import (
 )
 
 __all__ = [
+    "DeformablePatches",
+    "HiLoAttention",
     "NeighborhoodAttention",
     "ResidualDepthwiseConv",
     "RoutingAttention",

@@ -30,8 +30,8 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: i
     Returns:
         ``[..., N, C]``.
     """
-    # one leading axis: PyTorch's fused kernels take no more
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).flatten(0, -4).transpose(1, 2) for x in (query, key, value))
+    # PyTorch has fused kernels for four axes only
+    q, k, v = (x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(query.shape)
 
 

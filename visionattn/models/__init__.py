@@ -1,5 +1,5 @@
 """The backbones, one family per file; importing this package registers them with timm."""
 
-from visionattn.models import biformer, davit, nat
+from visionattn.models import activator, biformer, davit, litv2, nat, ninformer
 
-__all__ = ["biformer", "davit", "nat"]
+__all__ = ["activator", "biformer", "davit", "litv2", "nat", "ninformer"]
