@@ -1,17 +1,34 @@
-"""Triton kernels for small maps: one program has all keys of one image and head, and a mask says who meets whom.
+"""Triton kernels for small maps: all queries of an image and head meet all keys, and a mask drops those not listed.
 
-Where regions hold only a few pixels, following lists would read every key many times and fill tiles badly. Here all
-keys stay on the chip, the scores of a tile of queries are one product and one softmax, and those of regions that a
-query does not list are dropped. A list is a bit mask of at most 64 regions; where it names a region several times, the
-scores of that region are raised by the logarithm of that number. The backward pass gives all gradients in one launch.
+Where regions hold only a few pixels, following lists would read every key many times and fill tiles badly; a map of at
+most ``launch.DENSE_TOKENS`` pixels is cheaper to compute whole. A list is a bit mask of at most 64 regions, made once
+for all heads. Where a list names a region several times, its scores are raised by the logarithm of that number.
 
-Queries and keys are taken region by region, so that the keys of a region are neighbours in a tile.
+Queries and keys are taken region by region, so that the keys of a region are neighbours in a tile and a tile of keys
+needs at most 32 bits of the mask.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def mask_kernel(index_ptr, mask_ptr, P, K, key_regions, BLOCK_P: tl.constexpr):
+    """Bit mask of every list of one table, and 1 for a list that names a region several times; int64 ``[P, 2]``."""
+    table, p = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P)
+    index_ptr += table * P * K
+    bits, repeated = tl.zeros([BLOCK_P], tl.int64), tl.zeros([BLOCK_P], tl.int64)
+    one = tl.full([BLOCK_P], 1, tl.int64)
+    for i in range(K):
+        entry = tl.load(index_ptr + p * K + i, mask=p < P, other=-1)
+        bit = tl.where((entry >= 0) & (entry < key_regions), one << (entry & 63).to(tl.int64), 0)
+        repeated = tl.where((bits & bit) != 0, 1, repeated)
+        bits |= bit
+    mask_ptr += (table * P + p) * 2
+    tl.store(mask_ptr, bits, mask=p < P)
+    tl.store(mask_ptr + 1, repeated, mask=p < P)
 
 
 @triton.jit
@@ -29,92 +46,149 @@ def _offsets(n, size, grid_w, rh, rw, LOG2_T: tl.constexpr, LOG2_RW: tl.constexp
 
 
 @triton.jit
-def _masked(scores, index_ptr, region, key_region, key_there, inside, K, key_regions):
+def _listed(scores, bits, repeated, index_ptr, region, n0, n, key_size, K):
     """Scores with -inf where a key's region is not in the list of the query's region."""
-    low, high = tl.zeros_like(region), tl.zeros_like(region)
-    repeated = tl.zeros_like(region)
-    for i in range(K):
-        entry = tl.load(index_ptr + region * K + i, mask=inside, other=-1)
-        valid = (entry >= 0) & (entry < key_regions)
-        bit = tl.where(valid, 1 << (entry & 31), 0)
-        low_bit, high_bit = tl.where(entry < 32, bit, 0), tl.where(entry < 32, 0, bit)
-        repeated |= (low & low_bit) | (high & high_bit)
-        low |= low_bit
-        high |= high_bit
-    word = tl.where((key_region < 32)[None, :], low[:, None], high[:, None])
-    listed = ((word >> (key_region & 31)[None, :]) & 1) != 0
-    if tl.max((repeated != 0).to(tl.int32), 0) != 0:
+    first = n0 // key_size
+    word = (bits >> first.to(tl.int64)).to(tl.int32)
+    key_region = n // key_size
+    if tl.max(repeated, 0) != 0:
         times = tl.zeros(scores.shape, tl.int32)
         for i in range(K):
-            entry = tl.load(index_ptr + region * K + i, mask=inside, other=-1)
+            entry = tl.load(index_ptr + region * K + i)
             times += (entry[:, None] == key_region[None, :]).to(tl.int32)
         scores += tl.log2(tl.maximum(times, 1).to(tl.float32))
-    return tl.where(listed & key_there[None, :], scores, float("-inf"))
+    return tl.where(((word[:, None] >> (key_region - first)[None, :]) & 1) != 0, scores, float("-inf"))
 
 
 @triton.jit
 def dense_forward_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, scale,
+    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, out_ptr, lse_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, grid_w, rh, rw, N, NK, key_regions, key_grid_w, kh, kw, K,
+    heads, H, W, grid_w, rh, rw, N, NK, WK, key_grid_w, kh, kw, P, K,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_T: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of all queries of one image and head."""
-    head, batch = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    there, channels = n < NK, d < D
-    kv_mask = there[:, None] & channels[None, :]
-    k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-    v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
-    k = tl.load(k_ptr + batch * k_sb + head * k_sn + k_off, mask=kv_mask, other=0.0)
-    v = tl.load(v_ptr + batch * v_sb + head * v_sn + v_off, mask=kv_mask, other=0.0)
-    key_region = n // (kh * kw)
-    q_ptr += batch * q_sb + head * q_sn
-    index_ptr += batch * i_sb + head * i_sn
-    plane, image = (batch * heads + head) * N, batch * (N * heads * D)
-    for m0 in range(0, N, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        inside = m < N
-        mask = inside[:, None] & channels[None, :]
-        q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
-        q = tl.load(q_ptr + q_off, mask=mask, other=0.0)
+    """Output and log-sum-exp of ``BLOCK_M`` queries of one image and head."""
+    tiles = tl.cdiv(N, BLOCK_M)
+    tile, pid = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch = pid % heads, (pid // heads).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    channels = d < D
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < N
+    mask = inside[:, None] & channels[None, :]
+    q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+    q = tl.load(q_ptr + batch * q_sb + head * q_sn + q_off, mask=mask, other=0.0)
+    region = tl.where(inside, m // (rh * rw), 0)
+    table = batch * i_sb + head * i_sn
+    bits = tl.load(mask_ptr + (table // K + region) * 2)
+    repeated = tl.load(mask_ptr + (table // K + region) * 2 + 1)
+    k_ptr += batch * k_sb + head * k_sn
+    v_ptr += batch * v_sb + head * v_sn
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n0 in range(0, NK, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        kv_mask = (n < NK)[:, None] & channels[None, :]
+        k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+        v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+        k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _masked(scores, index_ptr, m // (rh * rw), key_region, there, inside, K, key_regions)
-        top = tl.max(scores, 1)
-        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
-        total = tl.sum(p, 1)
-        empty = total == 0.0
-        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / tl.where(empty, 1.0, total)[:, None]
-        pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
-        where = image + (pixels * heads + head)[:, None] * D + d[None, :]
-        tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=mask)
-        lse = tl.where(empty, float("-inf"), top / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
-        tl.store(lse_ptr + plane + pixels, lse, mask=inside)
+        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(p, 1)
+        v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
+    where = batch * (N * heads * D) + (pixels * heads + head)[:, None] * D + d[None, :]
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    lse = tl.where(empty, float("-inf"), top / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(lse_ptr + (batch * heads + head) * N + pixels, lse, mask=inside)
 
 
 @triton.jit
-def dense_backward_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, scale,
+def dense_query_grad_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, grid_w, rh, rw, N, NK, WK, key_regions, key_grid_w, kh, kw, K,
+    heads, H, W, grid_w, rh, rw, N, NK, WK, key_grid_w, kh, kw, P, K,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_T: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All three gradients of one image and head."""
-    head, batch = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    there, channels = n < NK, d < D
-    kv_mask = there[:, None] & channels[None, :]
+    """Gradient of ``BLOCK_M`` queries, and their ``delta = sum(out * grad_out) - grad_lse``."""
+    tiles = tl.cdiv(N, BLOCK_M)
+    tile, pid = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch = pid % heads, (pid // heads).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    channels = d < D
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < N
+    mask = inside[:, None] & channels[None, :]
+    q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+    q = tl.load(q_ptr + batch * q_sb + head * q_sn + q_off, mask=mask, other=0.0)
+    pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
+    where = batch * (N * heads * D) + (pixels * heads + head)[:, None] * D + d[None, :]
+    do = tl.load(do_ptr + where, mask=mask, other=0.0)
+    out = tl.load(out_ptr + where, mask=mask, other=0.0)
+    row = (batch * heads + head) * N + pixels
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=inside, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=inside)
+    lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0
+    region = tl.where(inside, m // (rh * rw), 0)
+    table = batch * i_sb + head * i_sn
+    bits = tl.load(mask_ptr + (table // K + region) * 2)
+    repeated = tl.load(mask_ptr + (table // K + region) * 2 + 1)
+    k_ptr += batch * k_sb + head * k_sn
+    v_ptr += batch * v_sb + head * v_sn
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n0 in range(0, NK, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        kv_mask = (n < NK)[:, None] & channels[None, :]
+        k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+        v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+        k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
+        v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K)
+        p = tl.exp2(scores - lse[:, None])
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dense_key_grad_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
+    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
+    heads, H, W, grid_w, rh, rw, N, NK, WK, key_grid_w, kh, kw, P, K,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOG2_RW: tl.constexpr, LOG2_T: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``BLOCK_N`` keys and values of one image and head."""
+    tiles = tl.cdiv(NK, BLOCK_N)
+    tile, pid = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch = pid % heads, (pid // heads).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    channels = d < D
+    n0 = tile * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
+    kv_mask = (n < NK)[:, None] & channels[None, :]
     k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
     v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
     k = tl.load(k_ptr + batch * k_sb + head * k_sn + k_off, mask=kv_mask, other=0.0)
     v = tl.load(v_ptr + batch * v_sb + head * v_sn + v_off, mask=kv_mask, other=0.0)
-    key_region = n // (kh * kw)
+    table = batch * i_sb + head * i_sn
+    mask_ptr += (table // K) * 2
     q_ptr += batch * q_sb + head * q_sn
-    index_ptr += batch * i_sb + head * i_sn
     plane, image = (batch * heads + head) * N, batch * (N * heads * D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for m0 in range(0, N, BLOCK_M):
@@ -123,22 +197,19 @@ def dense_backward_kernel(
         mask = inside[:, None] & channels[None, :]
         q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
         pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
-        where = image + (pixels * heads + head)[:, None] * D + d[None, :]
         q = tl.load(q_ptr + q_off, mask=mask, other=0.0)
-        do = tl.load(do_ptr + where, mask=mask, other=0.0)
-        out = tl.load(out_ptr + where, mask=mask, other=0.0)
+        do = tl.load(do_ptr + image + (pixels * heads + head)[:, None] * D + d[None, :], mask=mask, other=0.0)
         lse = tl.load(lse_ptr + plane + pixels, mask=inside, other=float("inf")) * LOG2_E
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0
-        dlse = tl.load(dlse_ptr + plane + pixels, mask=inside, other=0.0)
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - dlse
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        delta = tl.load(delta_ptr + plane + pixels, mask=inside, other=0.0)
+        region = tl.where(inside, m // (rh * rw), 0)
+        bits, repeated = tl.load(mask_ptr + region * 2), tl.load(mask_ptr + region * 2 + 1)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _masked(scores, index_ptr, m // (rh * rw), key_region, there, inside, K, key_regions)
+        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K)
         p = tl.exp2(scores - lse[:, None])
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
         ds = (p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-        dq = tl.dot(ds, k, input_precision=PRECISION) * scale
-        tl.store(dq_ptr + where, dq.to(dq_ptr.dtype.element_ty), mask=mask)
     keys = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, WK, 1)
     where = batch * (NK * heads * D) + (keys * heads + head)[:, None] * D + d[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=kv_mask)

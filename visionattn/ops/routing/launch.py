@@ -1,7 +1,7 @@
 """Launching the Triton kernels of the routing operators: which program family serves a shape, and its tile sizes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,17 +61,46 @@ class _Call:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value, self.index
 
+    def mask(self) -> Tensor:
+        """Lists as bit masks for the dense kernels, int64 ``[B, 1 or heads, P, 2]``."""
+        mask = torch.empty((*self.index.shape[:3], 2), dtype=torch.int64, device=self.index.device)
+        tables = self.index.shape[0] * self.index.shape[1]
+        kernels_dense.mask_kernel[(tables,)](
+            self.index, mask, self.P, self.K, self.PK, BLOCK_P=triton.next_power_of_2(self.P), num_warps=1
+        )
+        return mask
+
     def dense_shape(self) -> list[int]:
-        return [self.rh, self.rw, self.N, self.NK]
+        sizes = [self.heads, self.H, self.W, self.grid_w, self.rh, self.rw, self.N, self.NK, self.WK]
+        return [*self.strides(), *self.table, *sizes, self.key_grid_w, self.kh, self.kw, self.P, self.K]
 
-    def warps(self, rows: int, columns: int) -> int:
-        """Warps of a tile: as many as keep scores and sums in registers, and no more."""
-        return max(1, min(8, rows * columns * max(self.options["BLOCK_D"], 32) // (16 * 64 * 32)))
+    def dense_options(self) -> dict[str, int]:
+        return dict(LOG2_T=_log2(self.T), LOG2_TK=_log2(self.TK))
 
 
-def _tile(rows: int) -> int:
-    """Rows of a tile for regions of ``rows`` pixels."""
-    return min(64, max(16, triton.next_power_of_2(rows)))
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile of scores, its warps, and the stages of its pipeline of loads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+CHOSEN: dict[str, Tile] = {}  # by kernel, before any rule; for measuring
+
+
+def _block(n: int, largest: int) -> int:
+    return min(largest, max(16, triton.next_power_of_2(n)))
+
+
+def _tile(kernel: str, rows: int, columns: int) -> Tile:
+    """Tile of a kernel for regions of ``rows`` pixels and walks over ``columns``."""
+    if kernel in CHOSEN:
+        return CHOSEN[kernel]
+    m, n = _block(rows, 64), _block(columns, 64)
+    return Tile(m, n, max(1, min(4, m * n // 1024)), 2)
 
 
 def forward(
@@ -90,20 +119,19 @@ def forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((c.B, c.heads, c.H, c.W), dtype=torch.float32, device=query.device)
     if c.dense:
-        kernels_dense.dense_forward_kernel[(c.B * c.heads,)](
-            *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.heads, c.H, c.W, c.grid_w, *c.dense_shape(),
-            c.PK, c.key_grid_w, c.kh, c.kw, c.K,
-            BLOCK_M=64, BLOCK_N=max(16, triton.next_power_of_2(c.NK)), LOG2_T=_log2(c.T), LOG2_TK=_log2(c.TK),
-            num_warps=4, **c.options,
+        mask, tile = c.mask(), _tile("dense_forward", c.N, min(c.NK, 32 * c.TK))
+        kernels_dense.dense_forward_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
+            *c.inputs(), mask, out, lse, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
         )  # fmt: skip
         return out, lse
-    rows, columns = _tile(c.T), _tile(c.K * c.TK)
-    tiles = triton.cdiv(c.T, rows)
+    tile = _tile("forward", c.T, c.K * c.TK)
+    tiles = triton.cdiv(c.T, tile.rows)
     kernels_listed.forward_kernel[(c.B * c.P * tiles * c.heads,)](
         *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.heads, c.H, c.W, c.P, c.grid_w, c.rh, c.rw,
         c.PK, c.key_grid_w, c.kh, c.kw, c.K, tiles,
-        BLOCK_M=rows, BLOCK_N=columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % columns == 0,
-        num_warps=c.warps(rows, columns), **c.options,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
+        num_warps=tile.warps, num_stages=tile.stages, **c.options,
     )  # fmt: skip
     return out, lse
 
@@ -153,35 +181,40 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     saved = (out, lse, grad_out, grad_lse)
     if c.dense:
-        block = max(16, triton.next_power_of_2(c.NK))
-        kernels_dense.dense_backward_kernel[(c.B * c.heads,)](
-            *c.inputs(), *saved, dq, dk, dv, scale, *c.strides(), *c.table, c.heads, c.H, c.W, c.grid_w,
-            *c.dense_shape(), c.WK, c.PK, c.key_grid_w, c.kh, c.kw, c.K,
-            BLOCK_M=32 if block > 128 else 64, BLOCK_N=block, LOG2_T=_log2(c.T), LOG2_TK=_log2(c.TK),
-            num_warps=8, **c.options,
+        mask, delta = c.mask(), torch.empty_like(lse)
+        tile = _tile("dense_query_grad", c.N, min(c.NK, 32 * c.TK))
+        kernels_dense.dense_query_grad_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
+            *c.inputs(), mask, *saved, dq, delta, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
+        )  # fmt: skip
+        tile = _tile("dense_key_grad", c.N, min(c.NK, 32 * c.TK))
+        kernels_dense.dense_key_grad_kernel[(c.B * c.heads * triton.cdiv(c.NK, tile.columns),)](
+            *c.inputs(), mask, lse, grad_out, delta, dk, dv, scale, *c.dense_shape(),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+            **c.dense_options(), **c.options,
         )  # fmt: skip
         return dq * factor if factor != 1.0 else dq, dk, dv
-    one_pass = c.K == 1 and c.TK <= 64
+    one_pass = c.K == 1 and c.TK <= _tile("key_grad", c.T, c.TK).columns
     delta = lse if one_pass else torch.empty_like(lse)
     if not one_pass:
-        rows, columns = _tile(c.T), _tile(c.K * c.TK)
-        tiles = triton.cdiv(c.T, rows)
+        tile = _tile("query_grad", c.T, c.K * c.TK)
+        tiles = triton.cdiv(c.T, tile.rows)
         kernels_listed.query_grad_kernel[(c.B * c.P * tiles * c.heads,)](
             *c.inputs(), *saved, dq, delta, scale, *c.strides(), *c.table, c.heads, c.H, c.W, c.P, c.grid_w, c.rh, c.rw,
             c.PK, c.key_grid_w, c.kh, c.kw, c.K, tiles,
-            BLOCK_M=rows, BLOCK_N=columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % columns == 0,
-            num_warps=c.warps(rows, columns), **c.options,
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
+            num_warps=tile.warps, num_stages=tile.stages, **c.options,
         )  # fmt: skip
     listed, count = invert_index(c.index, c.PK)
     shared = index.shape[1] == 1
     lists = [listed.stride(0), 0 if shared else listed.stride(1), count.stride(0), 0 if shared else count.stride(1)]
-    rows, columns = _tile(c.T * max(1, c.P * c.K // c.PK)), _tile(c.TK)
-    tiles = triton.cdiv(c.TK, columns)
+    tile = _tile("key_grad", c.T * max(1, c.P * c.K // c.PK), c.TK)
+    tiles = triton.cdiv(c.TK, tile.columns)
     kernels_listed.key_grad_kernel[(c.B * (c.PK + one_pass) * tiles * c.heads,)](
         c.query, c.key, c.value, listed, count, *saved, delta, dq, dk, dv, scale, *c.strides(), *lists,
         c.heads, c.H, c.W, c.P, c.grid_w, c.rh, c.rw, c.HK, c.WK, c.PK, c.key_grid_w, c.kh, c.kw, tiles,
-        BLOCK_M=rows, BLOCK_N=columns, LOG2_T=_log2(c.T), ALIGNED=c.T % rows == 0, ONE_PASS=one_pass,
-        FULL=columns == c.TK, num_warps=c.warps(rows, columns), **c.options,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_T=_log2(c.T), ALIGNED=c.T % tile.rows == 0, ONE_PASS=one_pass,
+        FULL=tile.columns == c.TK, num_warps=tile.warps, num_stages=tile.stages, **c.options,
     )  # fmt: skip
     return dq * factor if factor != 1.0 else dq, dk, dv
 
