@@ -32,7 +32,7 @@ def mask_kernel(index_ptr, mask_ptr, P, K, key_regions, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _offsets(n, size, grid_w, rh, rw, LOG2_T: tl.constexpr, LOG2_RW: tl.constexpr, stride_h, stride_w):
+def _offsets(n, size, GRID_W: tl.constexpr, rh, rw, LOG2_T: tl.constexpr, LOG2_RW: tl.constexpr, stride_h, stride_w):
     """Offset of pixel ``n``, counted region by region, inside one image's map."""
     if LOG2_T >= 0:
         region, pixel = n >> LOG2_T, n & ((1 << LOG2_T) - 1)
@@ -42,15 +42,17 @@ def _offsets(n, size, grid_w, rh, rw, LOG2_T: tl.constexpr, LOG2_RW: tl.constexp
         y, x = pixel >> LOG2_RW, pixel & ((1 << LOG2_RW) - 1)
     else:
         y, x = pixel // rw, pixel % rw
-    return ((region // grid_w) * rh + y) * stride_h + ((region % grid_w) * rw + x) * stride_w
+    return ((region // GRID_W) * rh + y) * stride_h + ((region % GRID_W) * rw + x) * stride_w
 
 
 @triton.jit
-def _listed(scores, bits, repeated, index_ptr, region, n0, n, key_size, K):
+def _listed(scores, bits, repeated, index_ptr, region, n0, n, key_size, K, LOG2_TK: tl.constexpr):
     """Scores with -inf where a key's region is not in the list of the query's region."""
-    first = n0 // key_size
-    word = (bits >> first.to(tl.int64)).to(tl.int32)
-    key_region = n // key_size
+    if LOG2_TK >= 0:
+        first, key_region = n0 >> LOG2_TK, n >> LOG2_TK
+    else:
+        first, key_region = n0 // key_size, n // key_size
+    word = (bits >> first).to(tl.int32)
     if tl.max(repeated, 0) != 0:
         times = tl.zeros(scores.shape, tl.int32)
         for i in range(K):
@@ -64,7 +66,8 @@ def _listed(scores, bits, repeated, index_ptr, region, n0, n, key_size, K):
 def dense_forward_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, out_ptr, lse_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, grid_w, rh, rw, N, NK, WK, key_grid_w, kh, kw, P, K,
+    H, W, rh, rw, N, NK, WK, kh, kw, P, K,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_T: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,13 +75,13 @@ def dense_forward_kernel(
     """Output and log-sum-exp of ``BLOCK_M`` queries of one image and head."""
     tiles = tl.cdiv(N, BLOCK_M)
     tile, pid = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    head, batch = pid % heads, (pid // heads).to(tl.int64)
+    head, batch = pid % HEADS, (pid // HEADS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     channels = d < D
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < N
     mask = inside[:, None] & channels[None, :]
-    q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+    q_off = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
     q = tl.load(q_ptr + batch * q_sb + head * q_sn + q_off, mask=mask, other=0.0)
     region = tl.where(inside, m // (rh * rw), 0)
     table = batch * i_sb + head * i_sn
@@ -91,11 +94,11 @@ def dense_forward_kernel(
     for n0 in range(0, NK, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         kv_mask = (n < NK)[:, None] & channels[None, :]
-        k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-        v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+        k_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+        v_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K)
+        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K, LOG2_TK)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - shift[:, None])
@@ -106,18 +109,19 @@ def dense_forward_kernel(
         top = new_top
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
-    where = batch * (N * heads * D) + (pixels * heads + head)[:, None] * D + d[None, :]
+    pixels = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, W, 1)
+    where = batch * (N * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
     tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
     lse = tl.where(empty, float("-inf"), top / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse_ptr + (batch * heads + head) * N + pixels, lse, mask=inside)
+    tl.store(lse_ptr + (batch * HEADS + head) * N + pixels, lse, mask=inside)
 
 
 @triton.jit
 def dense_query_grad_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, grid_w, rh, rw, N, NK, WK, key_grid_w, kh, kw, P, K,
+    H, W, rh, rw, N, NK, WK, kh, kw, P, K,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_T: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,19 +129,19 @@ def dense_query_grad_kernel(
     """Gradient of ``BLOCK_M`` queries, and their ``delta = sum(out * grad_out) - grad_lse``."""
     tiles = tl.cdiv(N, BLOCK_M)
     tile, pid = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    head, batch = pid % heads, (pid // heads).to(tl.int64)
+    head, batch = pid % HEADS, (pid // HEADS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     channels = d < D
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < N
     mask = inside[:, None] & channels[None, :]
-    q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+    q_off = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
     q = tl.load(q_ptr + batch * q_sb + head * q_sn + q_off, mask=mask, other=0.0)
-    pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
-    where = batch * (N * heads * D) + (pixels * heads + head)[:, None] * D + d[None, :]
+    pixels = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, W, 1)
+    where = batch * (N * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
     do = tl.load(do_ptr + where, mask=mask, other=0.0)
     out = tl.load(out_ptr + where, mask=mask, other=0.0)
-    row = (batch * heads + head) * N + pixels
+    row = (batch * HEADS + head) * N + pixels
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=inside, other=0.0)
     tl.store(delta_ptr + row, delta, mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
@@ -152,12 +156,12 @@ def dense_query_grad_kernel(
     for n0 in range(0, NK, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         kv_mask = (n < NK)[:, None] & channels[None, :]
-        k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-        v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+        k_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+        v_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K)
+        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K, LOG2_TK)
         p = tl.exp2(scores - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -168,7 +172,8 @@ def dense_query_grad_kernel(
 def dense_key_grad_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, grid_w, rh, rw, N, NK, WK, key_grid_w, kh, kw, P, K,
+    H, W, rh, rw, N, NK, WK, kh, kw, P, K,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_T: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -176,41 +181,41 @@ def dense_key_grad_kernel(
     """Gradients of ``BLOCK_N`` keys and values of one image and head."""
     tiles = tl.cdiv(NK, BLOCK_N)
     tile, pid = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    head, batch = pid % heads, (pid // heads).to(tl.int64)
+    head, batch = pid % HEADS, (pid // HEADS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     channels = d < D
     n0 = tile * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     kv_mask = (n < NK)[:, None] & channels[None, :]
-    k_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-    v_off = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+    k_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+    v_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
     k = tl.load(k_ptr + batch * k_sb + head * k_sn + k_off, mask=kv_mask, other=0.0)
     v = tl.load(v_ptr + batch * v_sb + head * v_sn + v_off, mask=kv_mask, other=0.0)
     table = batch * i_sb + head * i_sn
     mask_ptr += (table // K) * 2
     q_ptr += batch * q_sb + head * q_sn
-    plane, image = (batch * heads + head) * N, batch * (N * heads * D)
+    plane, image = (batch * HEADS + head) * N, batch * (N * HEADS * D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for m0 in range(0, N, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         inside = m < N
         mask = inside[:, None] & channels[None, :]
-        q_off = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
-        pixels = _offsets(m, rh * rw, grid_w, rh, rw, LOG2_T, LOG2_RW, W, 1)
+        q_off = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+        pixels = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, W, 1)
         q = tl.load(q_ptr + q_off, mask=mask, other=0.0)
-        do = tl.load(do_ptr + image + (pixels * heads + head)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        do = tl.load(do_ptr + image + (pixels * HEADS + head)[:, None] * D + d[None, :], mask=mask, other=0.0)
         lse = tl.load(lse_ptr + plane + pixels, mask=inside, other=float("inf")) * LOG2_E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(delta_ptr + plane + pixels, mask=inside, other=0.0)
         region = tl.where(inside, m // (rh * rw), 0)
         bits, repeated = tl.load(mask_ptr + region * 2), tl.load(mask_ptr + region * 2 + 1)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K)
+        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K, LOG2_TK)
         p = tl.exp2(scores - lse[:, None])
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
         ds = (p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-    keys = _offsets(n, kh * kw, key_grid_w, kh, kw, LOG2_TK, LOG2_KW, WK, 1)
-    where = batch * (NK * heads * D) + (keys * heads + head)[:, None] * D + d[None, :]
+    keys = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, WK, 1)
+    where = batch * (NK * HEADS * D) + (keys * HEADS + head)[:, None] * D + d[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=kv_mask)
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=kv_mask)

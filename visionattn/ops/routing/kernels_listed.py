@@ -16,13 +16,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _offsets(region, pixel, grid_w, rh, rw, LOG2_RW: tl.constexpr, stride_h, stride_w):
+def _offsets(region, pixel, GRID_W: tl.constexpr, rh, rw, LOG2_RW: tl.constexpr, stride_h, stride_w):
     """Offset of a pixel of a region inside one image's map."""
     if LOG2_RW >= 0:
         y, x = pixel >> LOG2_RW, pixel & ((1 << LOG2_RW) - 1)
     else:
         y, x = pixel // rw, pixel % rw
-    return ((region // grid_w) * rh + y) * stride_h + ((region % grid_w) * rw + x) * stride_w
+    return ((region // GRID_W) * rh + y) * stride_h + ((region % GRID_W) * rw + x) * stride_w
 
 
 @triton.jit
@@ -56,18 +56,20 @@ def _listed(list_ptr, n0, length, size, regions, ALIGNED: tl.constexpr, LOG2: tl
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, regions, grid_w, rh, rw, key_regions, key_grid_w, kh, kw, K, tiles,
+    H, W, regions, rh, rw, key_regions, kh, kw, K, tiles,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr, ALIGNED: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``BLOCK_M`` query rows of one region and head."""
     pid = tl.program_id(0)  # heads run fastest: they read the same list and neighbouring channels
-    head, pid = pid % heads, pid // heads
+    head, pid = pid % HEADS, pid // HEADS
     tile, pid = pid % tiles, pid // tiles
     region, batch = pid % regions, (pid // regions).to(tl.int64)
     rows, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside, channels = rows < rh * rw, d < D
-    offsets = _offsets(region, rows, grid_w, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+    offsets = _offsets(region, rows, GRID_W, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
     mask = inside[:, None] & channels[None, :]
     q = tl.load(q_ptr + batch * q_sb + head * q_sn + offsets, mask=mask, other=0.0)
     k_ptr += batch * k_sb + head * k_sn
@@ -78,10 +80,11 @@ def forward_kernel(
     total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     size = kh * kw
     length = K * size
-    for n0 in range(0, length, BLOCK_N):
+    # one tile of keys is the whole list of most networks: then there is nothing to rescale
+    for n0 in range(0, BLOCK_N if SINGLE else length, BLOCK_N):
         listed, pixel, there = _listed(index_ptr, n0, length, size, key_regions, ALIGNED, LOG2_TK, BLOCK_N)
-        k_off = _offsets(listed, pixel, key_grid_w, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-        v_off = _offsets(listed, pixel, key_grid_w, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+        k_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+        v_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         if ALIGNED:
             kv_mask = there & channels[None, :]
         else:
@@ -97,25 +100,30 @@ def forward_kernel(
             new_top = tl.maximum(top, tl.max(scores, 1) * factor)
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores * factor - shift[:, None])
-        fade = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
-        total = total * fade + tl.sum(p, 1)
         v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        if SINGLE:
+            total = tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        else:
+            fade = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
+            total = total * fade + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    pixels = _offsets(region, rows, grid_w, rh, rw, LOG2_RW, W, 1)
-    out_off = (pixels * heads + head)[:, None] * D + d[None, :]
-    tl.store(out_ptr + batch * (H * W * heads * D) + out_off, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    pixels = _offsets(region, rows, GRID_W, rh, rw, LOG2_RW, W, 1)
+    out_off = (pixels * HEADS + head)[:, None] * D + d[None, :]
+    tl.store(out_ptr + batch * (H * W * HEADS * D) + out_off, acc.to(out_ptr.dtype.element_ty), mask=mask)
     lse = tl.where(empty, float("-inf"), top / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse_ptr + (batch * heads + head) * (H * W) + pixels, lse, mask=inside)
+    tl.store(lse_ptr + (batch * HEADS + head) * (H * W) + pixels, lse, mask=inside)
 
 
 @triton.jit
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
-    heads, H, W, regions, grid_w, rh, rw, key_regions, key_grid_w, kh, kw, K, tiles,
+    H, W, regions, rh, rw, key_regions, kh, kw, K, tiles,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -124,22 +132,22 @@ def query_grad_kernel(
     Output, its gradient and the query's gradient are contiguous.
     """
     pid = tl.program_id(0)
-    head, pid = pid % heads, pid // heads
+    head, pid = pid % HEADS, pid // HEADS
     tile, pid = pid % tiles, pid // tiles
     region, batch = pid % regions, (pid // regions).to(tl.int64)
     rows, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside, channels = rows < rh * rw, d < D
     mask = inside[:, None] & channels[None, :]
-    pixels = _offsets(region, rows, grid_w, rh, rw, LOG2_RW, W, 1)
-    where = batch * (H * W * heads * D) + (pixels * heads + head)[:, None] * D + d[None, :]
+    pixels = _offsets(region, rows, GRID_W, rh, rw, LOG2_RW, W, 1)
+    where = batch * (H * W * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
     do = tl.load(do_ptr + where, mask=mask, other=0.0)
     out = tl.load(out_ptr + where, mask=mask, other=0.0)
-    row = (batch * heads + head) * (H * W) + pixels
+    row = (batch * HEADS + head) * (H * W) + pixels
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=inside, other=0.0)
     tl.store(delta_ptr + row, delta, mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0
-    offsets = _offsets(region, rows, grid_w, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+    offsets = _offsets(region, rows, GRID_W, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
     q = tl.load(q_ptr + batch * q_sb + head * q_sn + offsets, mask=mask, other=0.0)
     k_ptr += batch * k_sb + head * k_sn
     v_ptr += batch * v_sb + head * v_sn
@@ -150,8 +158,8 @@ def query_grad_kernel(
     length = K * size
     for n0 in range(0, length, BLOCK_N):
         listed, pixel, there = _listed(index_ptr, n0, length, size, key_regions, ALIGNED, LOG2_TK, BLOCK_N)
-        k_off = _offsets(listed, pixel, key_grid_w, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-        v_off = _offsets(listed, pixel, key_grid_w, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+        k_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+        v_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         if ALIGNED:
             kv_mask = there & channels[None, :]
             shift = tl.where(there, lse, float("inf"))
@@ -173,7 +181,8 @@ def query_grad_kernel(
 def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, l_sb, l_sn, c_sb, c_sn,
-    heads, H, W, regions, grid_w, rh, rw, HK, WK, key_regions, key_grid_w, kh, kw, tiles,
+    H, W, regions, rh, rw, HK, WK, key_regions, kh, kw, tiles,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_T: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ONE_PASS: tl.constexpr, FULL: tl.constexpr,
@@ -185,7 +194,7 @@ def key_grad_kernel(
     is complete here too and is written on the way; a last program per image gives 0 to those that list none.
     """
     pid = tl.program_id(0)
-    head, pid = pid % heads, pid // heads
+    head, pid = pid % HEADS, pid // HEADS
     tile, pid = pid % tiles, pid // tiles
     groups = key_regions + 1 if ONE_PASS else key_regions
     region, batch = pid % groups, (pid // groups).to(tl.int64)
@@ -193,14 +202,14 @@ def key_grad_kernel(
     present = (cols < kh * kw) & (region < key_regions)
     channels = d < D
     kv_mask = present[:, None] & channels[None, :]
-    k_off = _offsets(region, cols, key_grid_w, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
-    v_off = _offsets(region, cols, key_grid_w, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+    k_off = _offsets(region, cols, KEY_GRID_W, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+    v_off = _offsets(region, cols, KEY_GRID_W, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
     k = tl.load(k_ptr + batch * k_sb + head * k_sn + k_off, mask=kv_mask, other=0.0)
     v = tl.load(v_ptr + batch * v_sb + head * v_sn + v_off, mask=kv_mask, other=0.0)
     count = tl.load(count_ptr + batch * c_sb + head * c_sn + region)
     list_ptr += batch * l_sb + head * l_sn + region * regions
     q_ptr += batch * q_sb + head * q_sn
-    plane, image = (batch * heads + head) * (H * W), batch * (H * W * heads * D)
+    plane, image = (batch * HEADS + head) * (H * W), batch * (H * W * HEADS * D)
     factor = scale * LOG2_E
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     size = rh * rw
@@ -218,9 +227,9 @@ def key_grad_kernel(
             packed = tl.load(list_ptr + entry, mask=inside, other=0)
         listed, times = packed & 65535, packed >> 16
         mask = inside[:, None] & channels[None, :]
-        q_off = _offsets(listed, pixel, grid_w, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
-        pixels = _offsets(listed, pixel, grid_w, rh, rw, LOG2_RW, W, 1)
-        where = image + (pixels * heads + head)[:, None] * D + d[None, :]
+        q_off = _offsets(listed, pixel, GRID_W, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
+        pixels = _offsets(listed, pixel, GRID_W, rh, rw, LOG2_RW, W, 1)
+        where = image + (pixels * HEADS + head)[:, None] * D + d[None, :]
         q = tl.load(q_ptr + q_off, mask=mask, other=0.0)
         do = tl.load(do_ptr + where, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + plane + pixels, mask=inside, other=float("inf")) * LOG2_E
@@ -242,7 +251,7 @@ def key_grad_kernel(
         if ONE_PASS:
             dq = tl.dot(ds, k, input_precision=PRECISION) * scale
             tl.store(dq_ptr + where, dq.to(dq_ptr.dtype.element_ty), mask=mask)
-    keys = _offsets(region, cols, key_grid_w, kh, kw, LOG2_KW, WK, 1)
-    where = batch * (HK * WK * heads * D) + (keys * heads + head)[:, None] * D + d[None, :]
+    keys = _offsets(region, cols, KEY_GRID_W, kh, kw, LOG2_KW, WK, 1)
+    where = batch * (HK * WK * HEADS * D) + (keys * HEADS + head)[:, None] * D + d[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=kv_mask)
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=kv_mask)

@@ -42,12 +42,14 @@ class _Call:
         (self.rh, self.rw), (self.kh, self.kw) = q_region, kv_region
         self.T, self.TK = self.rh * self.rw, self.kh * self.kw
         self.P, self.K = index.shape[2:]
-        self.grid_w, self.key_grid_w = self.W // self.rw, self.WK // self.kw
         self.PK = self.HK * self.WK // self.TK
         self.N, self.NK = self.H * self.W, self.HK * self.WK
         self.table = (index.shape[1] * self.P * self.K, self.P * self.K if index.shape[1] > 1 else 0)
         self.dense = self.NK <= DENSE_TOKENS and self.PK <= DENSE_REGIONS and self.T < 16
         self.options: dict[str, Any] = dict(
+            HEADS=self.heads,
+            GRID_W=self.W // self.rw,
+            KEY_GRID_W=self.WK // self.kw,
             D=self.D,
             BLOCK_D=max(16, triton.next_power_of_2(self.D)),
             LOG2_RW=_log2(self.rw),
@@ -71,8 +73,8 @@ class _Call:
         return mask
 
     def dense_shape(self) -> list[int]:
-        sizes = [self.heads, self.H, self.W, self.grid_w, self.rh, self.rw, self.N, self.NK, self.WK]
-        return [*self.strides(), *self.table, *sizes, self.key_grid_w, self.kh, self.kw, self.P, self.K]
+        sizes = [self.H, self.W, self.rh, self.rw, self.N, self.NK, self.WK]
+        return [*self.strides(), *self.table, *sizes, self.kh, self.kw, self.P, self.K]
 
     def dense_options(self) -> dict[str, int]:
         return dict(LOG2_T=_log2(self.T), LOG2_TK=_log2(self.TK))
@@ -128,10 +130,10 @@ def forward(
     tile = _tile("forward", c.T, c.K * c.TK)
     tiles = triton.cdiv(c.T, tile.rows)
     kernels_listed.forward_kernel[(c.B * c.P * tiles * c.heads,)](
-        *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.heads, c.H, c.W, c.P, c.grid_w, c.rh, c.rw,
-        c.PK, c.key_grid_w, c.kh, c.kw, c.K, tiles,
+        *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
+        c.PK, c.kh, c.kw, c.K, tiles,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
-        num_warps=tile.warps, num_stages=tile.stages, **c.options,
+        SINGLE=c.K * c.TK <= tile.columns, num_warps=tile.warps, num_stages=tile.stages, **c.options,
     )  # fmt: skip
     return out, lse
 
@@ -200,8 +202,8 @@ def backward(
         tile = _tile("query_grad", c.T, c.K * c.TK)
         tiles = triton.cdiv(c.T, tile.rows)
         kernels_listed.query_grad_kernel[(c.B * c.P * tiles * c.heads,)](
-            *c.inputs(), *saved, dq, delta, scale, *c.strides(), *c.table, c.heads, c.H, c.W, c.P, c.grid_w, c.rh, c.rw,
-            c.PK, c.key_grid_w, c.kh, c.kw, c.K, tiles,
+            *c.inputs(), *saved, dq, delta, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
+            c.PK, c.kh, c.kw, c.K, tiles,
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
             num_warps=tile.warps, num_stages=tile.stages, **c.options,
         )  # fmt: skip
@@ -212,7 +214,7 @@ def backward(
     tiles = triton.cdiv(c.TK, tile.columns)
     kernels_listed.key_grad_kernel[(c.B * (c.PK + one_pass) * tiles * c.heads,)](
         c.query, c.key, c.value, listed, count, *saved, delta, dq, dk, dv, scale, *c.strides(), *lists,
-        c.heads, c.H, c.W, c.P, c.grid_w, c.rh, c.rw, c.HK, c.WK, c.PK, c.key_grid_w, c.kh, c.kw, tiles,
+        c.H, c.W, c.P, c.rh, c.rw, c.HK, c.WK, c.PK, c.kh, c.kw, tiles,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_T=_log2(c.T), ALIGNED=c.T % tile.rows == 0, ONE_PASS=one_pass,
         FULL=tile.columns == c.TK, num_warps=tile.warps, num_stages=tile.stages, **c.options,
     )  # fmt: skip
