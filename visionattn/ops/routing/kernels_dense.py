@@ -2,7 +2,7 @@
 
 Where regions hold only a few pixels, following lists would read every key many times and fill tiles badly; a map of at
 most ``launch.DENSE_TOKENS`` pixels is cheaper to compute whole. A list is a bit mask of at most 64 regions, made once
-for all heads. Where a list names a region several times, its scores are raised by the logarithm of that number.
+for all heads. Where lists name a region several times, the walk over the keys has a further round for these.
 
 Queries and keys are taken region by region, so that the keys of a region are neighbours in a tile and a tile of keys
 needs at most 32 bits of the mask.
@@ -15,20 +15,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def mask_kernel(index_ptr, mask_ptr, P, K, key_regions, BLOCK_P: tl.constexpr):
-    """Bit mask of every list of one table, and 1 for a list that names a region several times; int64 ``[P, 2]``."""
-    table, p = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P)
+def mask_kernel(
+    index_ptr, mask_ptr, rounds_ptr, P, K, key_regions, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Bit masks of every list of one table: round ``r`` has the regions that a list names more than ``r`` times.
+
+    Masks are int64 ``[tables, K, P]``, of which the first ``rounds[table]`` are written.
+    """
+    table, p, slot = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     index_ptr += table * P * K
-    bits, repeated = tl.zeros([BLOCK_P], tl.int64), tl.zeros([BLOCK_P], tl.int64)
-    one = tl.full([BLOCK_P], 1, tl.int64)
-    for i in range(K):
-        entry = tl.load(index_ptr + p * K + i, mask=p < P, other=-1)
-        bit = tl.where((entry >= 0) & (entry < key_regions), one << (entry & 63).to(tl.int64), 0)
-        repeated = tl.where((bits & bit) != 0, 1, repeated)
-        bits |= bit
-    mask_ptr += (table * P + p) * 2
-    tl.store(mask_ptr, bits, mask=p < P)
-    tl.store(mask_ptr + 1, repeated, mask=p < P)
+    inside = (p < P)[:, None] & (slot < K)[None, :]
+    entry = tl.load(index_ptr + p[:, None] * K + slot[None, :], mask=inside, other=-1)
+    valid = (entry >= 0) & (entry < key_regions)
+    before = tl.zeros([BLOCK_P, BLOCK_K], tl.int32)  # how often the list has named the same region already
+    for j in range(K):
+        other = tl.load(index_ptr + p * K + j, mask=p < P, other=-1)
+        before += ((entry == other[:, None]) & (slot > j)[None, :]).to(tl.int32)
+    bit = tl.full([BLOCK_P, BLOCK_K], 1, tl.int64) << (entry & 63).to(tl.int64)
+    rounds = tl.max(tl.max(tl.where(valid, before + 1, 0), 1), 0)
+    for r in range(rounds):
+        bits = tl.sum(tl.where(valid & (before == r), bit, 0), 1)
+        tl.store(mask_ptr + (table * K + r) * P + p, bits, mask=p < P)
+    tl.store(rounds_ptr + table, rounds)
 
 
 @triton.jit
@@ -46,25 +54,19 @@ def _offsets(n, size, GRID_W: tl.constexpr, rh, rw, LOG2_T: tl.constexpr, LOG2_R
 
 
 @triton.jit
-def _listed(scores, bits, repeated, index_ptr, region, n0, n, key_size, K, LOG2_TK: tl.constexpr):
+def _listed(scores, bits, n0, n, key_size, LOG2_TK: tl.constexpr):
     """Scores with -inf where a key's region is not in the list of the query's region."""
     if LOG2_TK >= 0:
         first, key_region = n0 >> LOG2_TK, n >> LOG2_TK
     else:
         first, key_region = n0 // key_size, n // key_size
     word = (bits >> first).to(tl.int32)
-    if tl.max(repeated, 0) != 0:
-        times = tl.zeros(scores.shape, tl.int32)
-        for i in range(K):
-            entry = tl.load(index_ptr + region * K + i)
-            times += (entry[:, None] == key_region[None, :]).to(tl.int32)
-        scores += tl.log2(tl.maximum(times, 1).to(tl.float32))
     return tl.where(((word[:, None] >> (key_region - first)[None, :]) & 1) != 0, scores, float("-inf"))
 
 
 @triton.jit
 def dense_forward_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, out_ptr, lse_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, rounds_ptr, out_ptr, lse_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
     H, W, rh, rw, N, NK, WK, kh, kw, P, K,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
@@ -85,20 +87,22 @@ def dense_forward_kernel(
     q = tl.load(q_ptr + batch * q_sb + head * q_sn + q_off, mask=mask, other=0.0)
     region = tl.where(inside, m // (rh * rw), 0)
     table = batch * i_sb + head * i_sn
-    bits = tl.load(mask_ptr + (table // K + region) * 2)
-    repeated = tl.load(mask_ptr + (table // K + region) * 2 + 1)
+    mask_ptr += table * K * P + region
     k_ptr += batch * k_sb + head * k_sn
     v_ptr += batch * v_sb + head * v_sn
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n0 in range(0, NK, BLOCK_N):
+    walk = tl.cdiv(NK, BLOCK_N)
+    for step in range(tl.load(rounds_ptr + table) * walk):
+        n0 = (step % walk) * BLOCK_N
+        bits = tl.load(mask_ptr + (step // walk) * P)
         n = n0 + tl.arange(0, BLOCK_N)
         kv_mask = (n < NK)[:, None] & channels[None, :]
         k_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
         v_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K, LOG2_TK)
+        scores = _listed(scores, bits, n0, n, kh * kw, LOG2_TK)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - shift[:, None])
@@ -118,7 +122,7 @@ def dense_forward_kernel(
 
 @triton.jit
 def dense_query_grad_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, rounds_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
     H, W, rh, rw, N, NK, WK, kh, kw, P, K,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
@@ -148,12 +152,14 @@ def dense_query_grad_kernel(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0
     region = tl.where(inside, m // (rh * rw), 0)
     table = batch * i_sb + head * i_sn
-    bits = tl.load(mask_ptr + (table // K + region) * 2)
-    repeated = tl.load(mask_ptr + (table // K + region) * 2 + 1)
+    mask_ptr += table * K * P + region
     k_ptr += batch * k_sb + head * k_sn
     v_ptr += batch * v_sb + head * v_sn
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n0 in range(0, NK, BLOCK_N):
+    walk = tl.cdiv(NK, BLOCK_N)
+    for step in range(tl.load(rounds_ptr + table) * walk):
+        n0 = (step % walk) * BLOCK_N
+        bits = tl.load(mask_ptr + (step // walk) * P)
         n = n0 + tl.arange(0, BLOCK_N)
         kv_mask = (n < NK)[:, None] & channels[None, :]
         k_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
@@ -161,7 +167,7 @@ def dense_query_grad_kernel(
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K, LOG2_TK)
+        scores = _listed(scores, bits, n0, n, kh * kw, LOG2_TK)
         p = tl.exp2(scores - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -170,7 +176,7 @@ def dense_query_grad_kernel(
 
 @triton.jit
 def dense_key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, rounds_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
     H, W, rh, rw, N, NK, WK, kh, kw, P, K,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
@@ -192,12 +198,13 @@ def dense_key_grad_kernel(
     k = tl.load(k_ptr + batch * k_sb + head * k_sn + k_off, mask=kv_mask, other=0.0)
     v = tl.load(v_ptr + batch * v_sb + head * v_sn + v_off, mask=kv_mask, other=0.0)
     table = batch * i_sb + head * i_sn
-    mask_ptr += (table // K) * 2
+    mask_ptr += table * K * P
     q_ptr += batch * q_sb + head * q_sn
     plane, image = (batch * HEADS + head) * N, batch * (N * HEADS * D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for m0 in range(0, N, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
+    walk = tl.cdiv(N, BLOCK_M)
+    for step in range(tl.load(rounds_ptr + table) * walk):
+        m = (step % walk) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = m < N
         mask = inside[:, None] & channels[None, :]
         q_off = _offsets(m, rh * rw, GRID_W, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
@@ -208,9 +215,9 @@ def dense_key_grad_kernel(
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(delta_ptr + plane + pixels, mask=inside, other=0.0)
         region = tl.where(inside, m // (rh * rw), 0)
-        bits, repeated = tl.load(mask_ptr + region * 2), tl.load(mask_ptr + region * 2 + 1)
+        bits = tl.load(mask_ptr + (step // walk) * P + region)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = _listed(scores, bits, repeated, index_ptr + table, region, n0, n, kh * kw, K, LOG2_TK)
+        scores = _listed(scores, bits, n0, n, kh * kw, LOG2_TK)
         p = tl.exp2(scores - lse[:, None])
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
         ds = (p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(q.dtype)

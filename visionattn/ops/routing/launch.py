@@ -45,7 +45,7 @@ class _Call:
         self.PK = self.HK * self.WK // self.TK
         self.N, self.NK = self.H * self.W, self.HK * self.WK
         self.table = (index.shape[1] * self.P * self.K, self.P * self.K if index.shape[1] > 1 else 0)
-        self.dense = self.NK <= DENSE_TOKENS and self.PK <= DENSE_REGIONS and self.T < 16
+        self.dense = self.NK <= DENSE_TOKENS and self.PK <= DENSE_REGIONS and self.T < 16 and self.P * self.K <= 4096
         self.options: dict[str, Any] = dict(
             HEADS=self.heads,
             GRID_W=self.W // self.rw,
@@ -63,18 +63,21 @@ class _Call:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value, self.index
 
-    def mask(self) -> Tensor:
-        """Lists as bit masks for the dense kernels, int64 ``[B, 1 or heads, P, 2]``."""
-        mask = torch.empty((*self.index.shape[:3], 2), dtype=torch.int64, device=self.index.device)
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Lists as bit masks for the dense kernels, and how many rounds each table needs."""
         tables = self.index.shape[0] * self.index.shape[1]
+        mask = torch.empty((tables, self.K, self.P), dtype=torch.int64, device=self.index.device)
+        rounds = torch.empty(tables, dtype=torch.int32, device=self.index.device)
         kernels_dense.mask_kernel[(tables,)](
-            self.index, mask, self.P, self.K, self.PK, BLOCK_P=triton.next_power_of_2(self.P), num_warps=1
-        )
-        return mask
+            self.index, mask, rounds, self.P, self.K, self.PK,
+            BLOCK_P=triton.next_power_of_2(self.P), BLOCK_K=triton.next_power_of_2(self.K),
+        )  # fmt: skip
+        return mask, rounds
 
     def dense_shape(self) -> list[int]:
         sizes = [self.H, self.W, self.rh, self.rw, self.N, self.NK, self.WK]
-        return [*self.strides(), *self.table, *sizes, self.kh, self.kw, self.P, self.K]
+        table = [self.index.shape[1], 1 if self.index.shape[1] > 1 else 0]
+        return [*self.strides(), *table, *sizes, self.kh, self.kw, self.P, self.K]
 
     def dense_options(self) -> dict[str, int]:
         return dict(LOG2_T=_log2(self.T), LOG2_TK=_log2(self.TK))
@@ -121,9 +124,9 @@ def forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((c.B, c.heads, c.H, c.W), dtype=torch.float32, device=query.device)
     if c.dense:
-        mask, tile = c.mask(), _tile("dense_forward", c.N, min(c.NK, 32 * c.TK))
+        masks, tile = c.masks(), _tile("dense_forward", c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_forward_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
-            *c.inputs(), mask, out, lse, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            *c.inputs()[:3], *masks, out, lse, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
         )  # fmt: skip
         return out, lse
@@ -183,15 +186,15 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     saved = (out, lse, grad_out, grad_lse)
     if c.dense:
-        mask, delta = c.mask(), torch.empty_like(lse)
+        masks, delta = c.masks(), torch.empty_like(lse)
         tile = _tile("dense_query_grad", c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_query_grad_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
-            *c.inputs(), mask, *saved, dq, delta, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            *c.inputs()[:3], *masks, *saved, dq, delta, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
         )  # fmt: skip
         tile = _tile("dense_key_grad", c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_key_grad_kernel[(c.B * c.heads * triton.cdiv(c.NK, tile.columns),)](
-            *c.inputs(), mask, lse, grad_out, delta, dk, dv, scale, *c.dense_shape(),
+            *c.inputs()[:3], *masks, lse, grad_out, delta, dk, dv, scale, *c.dense_shape(),
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
             **c.dense_options(), **c.options,
         )  # fmt: skip
