@@ -17,7 +17,7 @@ demo: .venv/installed-train
 	$(BIN)/visionattn demo --output outputs/demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,5 +1,8 @@
 """Comparison of tensors, and the outputs of the published networks in ``reference/``."""
 
+import csv
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,3 +70,17 @@ def renamed(key: str, rename: dict[str, str] | None) -> str:
 def inputs(shape: Any, seed: int = 0) -> Tensor:
     """The float64 input of a reference."""
     return torch.from_numpy(fill.inputs(shape, seed))
+
+
+def record_agreement(model: str, reference: str, errors: dict[str, float]) -> None:
+    """Put the largest error of a comparison into the table that VISIONATTN_AGREEMENT names, if it does."""
+    if not os.environ.get("VISIONATTN_AGREEMENT"):
+        return
+    path = Path(os.environ["VISIONATTN_AGREEMENT"])
+    rows = {row["reference"]: row for row in csv.DictReader(path.open())} if path.is_file() else {}
+    largest = f"{max(errors.values()):.0e}"
+    rows[reference] = dict(reference=reference, model=model, outputs=len(errors), largest_error=largest)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["reference", "model", "outputs", "largest_error"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))

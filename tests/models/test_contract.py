@@ -10,7 +10,16 @@ import pytest
 import visionattn
 
 TOOL = Path(__file__).parent.parent / "contract" / "timm_contract.py"
-VARIANTS = ["biformer_t"]
+VARIANTS = [
+    "biformer_t",
+    "davit_t",
+    "litv2_s",
+    "nat_mini",
+    "overlock_xt",
+    "patnet_t0",
+    "ninformer_p4_32",
+    "activator_p4_32",
+]
 
 
 @pytest.mark.slow

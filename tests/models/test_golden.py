@@ -4,15 +4,12 @@
 With VISIONATTN_AGREEMENT=checkpoints/agreement.csv the errors that are found are written there for the table of models.
 """
 
-import csv
 import math
-import os
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import assert_golden, inputs, load_reference, published_weights
+from helpers import assert_golden, inputs, load_reference, published_weights, record_agreement
 from reference import fill
 
 import visionattn
@@ -40,7 +37,18 @@ NETWORKS = {
     "nat_base": ("nat_b", {}),
     "dinat_mini": ("dinat_mini", {}),
     "dinat_tiny": ("dinat_t", {}),
+    "overlock_xt": ("overlock_xt", {"aux_head": True}),
+    "overlock_xt_192x160": ("overlock_xt", {"aux_head": True}),
+    "overlock_t": ("overlock_t", {"aux_head": True}),
+    "overlock_s": ("overlock_s", {"aux_head": True}),
+    "overlock_b": ("overlock_b", {"aux_head": True}),
+    "patnet_t0": ("patnet_t0", {}),
+    "patnet_t0_yaml": ("patnet_t0", dict(use_spatial_attn=False)),
+    "patnet_t1": ("patnet_t1", {}),
+    "patnet_t2": ("patnet_t2", {}),
+    "patnet_s": ("patnet_s", {}),
 }
+INNER = {"base": "stages.2.base", "overview": "stages.2.overview"}  # maps that are not a stage's output
 SHAPES = {"dinat_small": "dinat_s", "dinat_base": "dinat_b", "dinat_large": "dinat_l"}
 EVERY_NETWORK = pytest.mark.parametrize(
     "name", [name for name in NETWORKS if (fill.HERE / f"backbones/{name}.npz").is_file()]
@@ -92,12 +100,19 @@ def test_network_equals_published(name, tmp_path):
     module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
     taps = [key.removeprefix("tap.") for key in stored if key.startswith("tap.")]
     outputs, handles = tapped(model, weights, module.checkpoint_filter_fn, taps)
+    inner = {}
+    for key in INNER.keys() & stored.keys():
+        part = model.get_submodule(INNER[key])
+        handles.append(part.register_forward_hook(lambda m, i, out, key=key: inner.__setitem__(key, out)))
     x = inputs(**manifest["input"]).requires_grad_("grad" in stored)
     final, maps = model.forward_intermediates(x)
     actual = {f"feat{i}": feature[strides_of(manifest, f"feat{i}")] for i, feature in enumerate(maps)}
     actual["logits"] = model.forward_head(final)
     for handle in handles:
         handle.remove()
+    if "aux_logits" in stored:
+        actual["aux_logits"] = model.aux_head(inner["overview"])
+    actual |= {key: out[strides_of(manifest, key)] for key, out in inner.items()}
     if "grad" in stored:
         actual["grad"] = torch.autograd.grad(actual["logits"].sum(), x)[0][strides_of(manifest, "grad")]
     actual |= {f"tap.{key}": thinned(as_published(key, out)) for key, out in outputs.items()}
@@ -107,20 +122,7 @@ def test_network_equals_published(name, tmp_path):
         there = ~actual[key].isnan()
         assert there.all() or (key.endswith(".0.attn.proj") and there.sum() > 100)
         errors[key] = assert_golden(key, expected[there], actual[key][there])
-    if os.environ.get("VISIONATTN_AGREEMENT"):
-        record(Path(os.environ["VISIONATTN_AGREEMENT"]), model_name, name, errors)
-
-
-def record(path, model, reference, errors):
-    """Put the largest error of a comparison into a table."""
-    rows = {row["reference"]: row for row in csv.DictReader(path.open())} if path.is_file() else {}
-    rows[reference] = dict(
-        reference=reference, model=model, outputs=len(errors), largest_error=f"{max(errors.values()):.0e}"
-    )
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["reference", "model", "outputs", "largest_error"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
+    record_agreement(model_name, name, errors)
 
 
 def as_published(key, out):

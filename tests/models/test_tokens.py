@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import assert_close, assert_golden, inputs, load_reference, published_weights
+from helpers import assert_close, assert_golden, inputs, load_reference, published_weights, record_agreement
 
 import visionattn  # noqa: F401  (registers the models)
 
@@ -33,8 +33,8 @@ def test_network_equals_published(reference, tmp_path):
     actual["logits"] = model.forward_head(final)
     actual["grad"] = torch.autograd.grad(actual["logits"].sum(), x)[0][:, :, ::2, ::2]
     assert actual.keys() == stored.keys()
-    for key, expected in stored.items():
-        assert_golden(key, expected, actual[key])
+    errors = {key: assert_golden(key, expected, actual[key]) for key, expected in stored.items()}
+    record_agreement(NETWORKS[reference], reference, errors)
 
 
 @pytest.mark.parametrize(

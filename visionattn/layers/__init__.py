@@ -1,6 +1,8 @@
 """Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
+from visionattn.layers.context_mixing import ContextMixing
 from visionattn.layers.deformable_patches import DeformablePatches
+from visionattn.layers.dilated_reparam import DilatedReparamConv
 from visionattn.layers.hilo_attention import HiLoAttention
 from visionattn.layers.neighborhood_attention import NeighborhoodAttention
 from visionattn.layers.routing_attention import RoutingAttention
@@ -13,7 +15,9 @@ from visionattn.layers.windows import (
 )
 
 __all__ = [
+    "ContextMixing",
     "DeformablePatches",
+    "DilatedReparamConv",
     "HiLoAttention",
     "NeighborhoodAttention",
     "ResidualDepthwiseConv",

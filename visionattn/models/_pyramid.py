@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 
 @register_notrace_function
-def check_image(x: Tensor, in_chans: int) -> Tensor:
+def check_image(x: Tensor, in_chans: int, min_size: int = 1) -> Tensor:
     """Refuse a batch whose shape is not ``[B, in_chans, H, W]`` before a convolution does so less clearly."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(
             f"the model takes images [B, {in_chans}, H, W], got shape {list(x.shape)}; "
             "for other channels create it with in_chans="
+        )
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(
+            f"the model takes images of at least {min_size} x {min_size} pixels, got {x.shape[2]} x {x.shape[3]}; "
+            "enlarge or pad them"
         )
     return x
 
@@ -59,6 +64,7 @@ class PyramidBackbone(nn.Module):
         global_pool: str,
         drop_rate: float,
         head: nn.Module | None = None,
+        min_size: int = 1,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,10 +79,12 @@ class PyramidBackbone(nn.Module):
             global_pool: Pooling before the classifier as in timm, ``""`` for none.
             drop_rate: Dropout before the classifier.
             head: A classifier of timm's kinds in the place of pooling and a linear layer.
+            min_size: Side of the smallest image in pixels.
             device: Device of the classifier.
             dtype: Dtype of the classifier.
         """
         self.in_chans = in_chans
+        self.min_size = min_size
         self.num_classes = num_classes
         self.stages = nn.Sequential(*stages)
         self.norm = norm
@@ -87,7 +95,11 @@ class PyramidBackbone(nn.Module):
         self.head = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self._pre_logits_width()
+
+    @torch.jit.ignore
+    def _pre_logits_width(self) -> int:
+        return getattr(self.head, "hidden_size", None) or self.head.in_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -102,8 +114,9 @@ class PyramidBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -121,7 +134,7 @@ class PyramidBackbone(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.to(device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self._pre_logits_width()
 
     def forward_intermediates(
         self,
@@ -151,16 +164,20 @@ class PyramidBackbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r} is not offered; maps come as 'NCHW'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.feature_info) - 1
-        intermediates = []
-        x = self.stem(check_image(x, self.in_chans))
-        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+        maps = self.stage_maps(x, max_index + 1 if stop_early else len(self.stages))
+        last, final = len(self.feature_info) - 1, maps[-1]
+        if len(maps) > last and (norm or not intermediates_only):
+            final = self.norm(final)
+        intermediates = [final if norm and i == last else maps[i] for i in range(len(maps)) if i in take_indices]
+        return intermediates if intermediates_only else (final, intermediates)
+
+    def stage_maps(self, x: Tensor, count: int) -> list[Tensor]:
+        """Images ``[B, in_chans, H, W]`` to the outputs of the first ``count`` stages."""
+        x, maps = self.stem(check_image(x, self.in_chans, self.min_size)), []
+        for stage in self.stages[:count]:
             x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last else x)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if i == last else x, intermediates
+            maps.append(x)
+        return maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -189,7 +206,7 @@ class PyramidBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, in_chans, H, W]`` to the normalised last map ``[B, C, H/32, W/32]``."""
-        x = self.stem(check_image(x, self.in_chans))
+        x = self.stem(check_image(x, self.in_chans, self.min_size))
         x = self.stages(x)
         return self.norm(x)
 

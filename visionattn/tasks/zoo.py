@@ -78,7 +78,7 @@ def zoo_table(folder: Path) -> str:
         for identifier in tags:
             model: Any = timm.create_model(identifier, device="meta")
             cfg, facts, top1 = model.pretrained_cfg, published.get(identifier), verified_top1(identifier, folder)
-            weights = bool(cfg["url"] or cfg["hf_hub_id"])
+            weights = bool(cfg.get("url") or cfg.get("hf_hub_id"))
             count = sum(parameter.numel() for parameter in model.parameters())
             row = [
                 f"`{name}`" if identifier == first else "",

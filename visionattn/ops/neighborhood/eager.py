@@ -55,7 +55,7 @@ def _plan(
 
 
 def _steps(classes: list[TileClass], batch: int, units: int) -> Iterator[_Step]:
-    images = min(batch, units)
+    images = max(1, min(batch, units))  # an empty batch has no steps
     count = max(1, units // images)
     for kind in classes:
         for first in range(0, len(kind.tiles), count):
@@ -220,10 +220,9 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _attention_vjp(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    bias = ctx.saved_tensors[3]
-    *grads, db = neighborhood_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale
-    )
+    saved = ctx.saved_tensors  # once: a checkpointed block recomputes them and then lets go
+    bias = saved[3]
+    *grads, db = neighborhood_attention_backward(grad_out, grad_lse, *saved, ctx.kernel_size, ctx.dilation, ctx.scale)
     return *grads, None if bias is None else db, None, None, None
 
 

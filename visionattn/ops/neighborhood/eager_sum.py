@@ -142,8 +142,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _vjp(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    bias = ctx.saved_tensors[2]
-    *grads, db = neighborhood_sum_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.kernel_sizes, ctx.softmax)
+    saved = ctx.saved_tensors  # once: a checkpointed block recomputes them and then lets go
+    bias = saved[2]
+    *grads, db = neighborhood_sum_backward(grad_out, grad_lse, *saved, ctx.kernel_sizes, ctx.softmax)
     return *grads, None if bias is None else db, None, None
 
 

@@ -81,8 +81,8 @@ def neighborhood_attention(
 def neighborhood_sum(
     logits: Tensor,
     value: Tensor,
-    kernel_sizes: Sequence[int],
-    biases: Sequence[Tensor] | None = None,
+    kernel_sizes: list[int],
+    biases: list[Tensor] | None = None,
     softmax: bool = True,
 ) -> Tensor:
     """Sum of the window around every pixel, with weights given for each pixel: a dynamic convolution.
