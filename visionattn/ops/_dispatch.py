@@ -2,16 +2,16 @@
 
 ``auto`` takes the Triton kernels for tensors on a GPU and PyTorch's own operators elsewhere, ``triton`` the kernels
 wherever the tensors are (on a CPU that needs Triton's interpreter, TRITON_INTERPRET=1), ``eager`` never them.
-``reference`` takes the plain gather form of ``reference.py``, which is slow and memory hungry but short enough to be read
-as the definition.
+``reference`` takes the plain gather form of ``reference.py``, which is slow and memory hungry but short enough to be
+read as the definition.
 The choice comes from the environment variable ``VISIONATTN_BACKEND`` and can be changed for a block of code.
 """
 
 import os
-from functools import cache
-from importlib.util import find_spec
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch

@@ -281,9 +281,7 @@ def routed_attention_backward(
         from visionattn.ops.routing import launch
 
         if launch.serves(query, key, index):
-            return launch.backward(
-                grad_out, grad_lse, query, key, value, index, out, lse, q_region, kv_region, scale
-            )
+            return launch.backward(grad_out, grad_lse, query, key, value, index, out, lse, q_region, kv_region, scale)
     B, heads, d = query.shape[0], query.shape[3], query.shape[4]
     dtype = lse.dtype
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]

@@ -15,9 +15,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def mask_kernel(
-    index_ptr, mask_ptr, rounds_ptr, P, K, key_regions, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def mask_kernel(index_ptr, mask_ptr, rounds_ptr, P, K, key_regions, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
     """Bit masks of every list of one table: round ``r`` has the regions that a list names more than ``r`` times.
 
     Masks are int64 ``[tables, K, P]``, of which the first ``rounds[table]`` are written.

@@ -85,10 +85,7 @@ def forward_kernel(
         listed, pixel, there = _listed(index_ptr, n0, length, size, key_regions, ALIGNED, LOG2_TK, BLOCK_N)
         k_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
         v_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
-        if ALIGNED:
-            kv_mask = there & channels[None, :]
-        else:
-            kv_mask = there[:, None] & channels[None, :]
+        kv_mask = (there if ALIGNED else there[:, None]) & channels[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if ALIGNED:
@@ -179,7 +176,8 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, scale,
+    q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, l_sb, l_sn, c_sb, c_sn,
     H, W, regions, rh, rw, HK, WK, key_regions, kh, kw, tiles,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,

@@ -39,8 +39,12 @@ def topk_kernel(
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         there = (c < C)[None, :]
-        q = tl.load(q_ptr + batch * q_sb + rows[:, None] * q_sp + c[None, :], mask=(rows < P)[:, None] & there, other=0.0)
-        k = tl.load(k_ptr + batch * k_sb + cols[:, None] * k_sp + c[None, :], mask=(cols < PK)[:, None] & there, other=0.0)
+        q = tl.load(
+            q_ptr + batch * q_sb + rows[:, None] * q_sp + c[None, :], mask=(rows < P)[:, None] & there, other=0.0
+        )
+        k = tl.load(
+            k_ptr + batch * k_sb + cols[:, None] * k_sp + c[None, :], mask=(cols < PK)[:, None] & there, other=0.0
+        )
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
     scores = tl.where((cols < PK)[None, :], scores, float("-inf"))
     taken = tl.broadcast_to((cols >= PK)[None, :], [BLOCK_P, BLOCK_PK])

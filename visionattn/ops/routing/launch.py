@@ -17,7 +17,12 @@ MAX_HEAD_DIM = 128
 def serves(query: Tensor, key: Tensor, index: Tensor) -> bool:
     """Whether there is a kernel for these tensors."""
     sizes = query.shape[4] <= MAX_HEAD_DIM and max(index.shape[2], index.shape[3]) <= MAX_REGIONS
-    return sizes and query.dtype in (torch.float32, torch.float16, torch.bfloat16) and query.numel() > 0 and index.numel() > 0
+    return (
+        sizes
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and query.numel() > 0
+        and index.numel() > 0
+    )
 
 
 def _log2(n: int) -> int:
@@ -34,7 +39,13 @@ class _Call:
     """What all kernels of one call are told about its tensors."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, q_region: Sequence[int], kv_region: Sequence[int]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        index: Tensor,
+        q_region: Sequence[int],
+        kv_region: Sequence[int],
     ):
         self.query, self.key, self.value, self.index = _rows(query), _rows(key), _rows(value), index.contiguous()
         self.B, self.H, self.W, self.heads, self.D = query.shape
@@ -81,7 +92,6 @@ class _Call:
 
     def dense_options(self) -> dict[str, int]:
         return dict(LOG2_T=_log2(self.T), LOG2_TK=_log2(self.TK))
-
 
 
 class Tile(NamedTuple):
@@ -136,7 +146,7 @@ def forward(
         *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
         c.PK, c.kh, c.kw, c.K, tiles,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
-        SINGLE=c.K * c.TK <= tile.columns, num_warps=tile.warps, num_stages=tile.stages, **c.options,
+        SINGLE=tile.columns >= c.K * c.TK, num_warps=tile.warps, num_stages=tile.stages, **c.options,
     )  # fmt: skip
     return out, lse
 
@@ -189,8 +199,9 @@ def backward(
         masks, delta = c.masks(), torch.empty_like(lse)
         tile = _tile("dense_query_grad", c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_query_grad_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
-            *c.inputs()[:3], *masks, *saved, dq, delta, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
+            *c.inputs()[:3], *masks, *saved, dq, delta, scale, *c.dense_shape(),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+            **c.dense_options(), **c.options,
         )  # fmt: skip
         tile = _tile("dense_key_grad", c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_key_grad_kernel[(c.B * c.heads * triton.cdiv(c.NK, tile.columns),)](
@@ -199,7 +210,7 @@ def backward(
             **c.dense_options(), **c.options,
         )  # fmt: skip
         return dq * factor if factor != 1.0 else dq, dk, dv
-    one_pass = c.K == 1 and c.TK <= _tile("key_grad", c.T, c.TK).columns
+    one_pass = c.K == 1 and _tile("key_grad", c.T, c.TK).columns >= c.TK
     delta = lse if one_pass else torch.empty_like(lse)
     if not one_pass:
         tile = _tile("query_grad", c.T, c.K * c.TK)
@@ -252,7 +263,6 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
     index = torch.empty((query.shape[0] // heads, heads, P, topk), dtype=torch.int32, device=query.device)
     kernels_tables.topk_kernel[(triton.cdiv(P, 16), query.shape[0])](
         query, key, index, *query.stride()[:2], *key.stride()[:2], query.shape[2], P, PK, topk,
-        BLOCK_P=16, BLOCK_PK=max(16, triton.next_power_of_2(PK)), BLOCK_C=min(64, max(16, triton.next_power_of_2(query.shape[2]))),
+        BLOCK_P=16, BLOCK_PK=_block(PK, 256), BLOCK_C=_block(query.shape[2], 64),
     )  # fmt: skip
     return index
-
