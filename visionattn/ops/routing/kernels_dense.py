@@ -90,6 +90,7 @@ def dense_forward_kernel(
     v_ptr += batch * v_sb + head * v_sn
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    factor = scale * LOG2_E
     walk = tl.cdiv(NK, BLOCK_N)
     for step in range(tl.load(rounds_ptr + table) * walk):
         n0 = (step % walk) * BLOCK_N
@@ -99,11 +100,11 @@ def dense_forward_kernel(
         k_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
         v_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = _listed(scores, bits, n0, n, kh * kw, LOG2_TK)
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores - shift[:, None])
+        p = tl.exp2(scores * factor - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(p, 1)
         v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
@@ -154,6 +155,7 @@ def dense_query_grad_kernel(
     k_ptr += batch * k_sb + head * k_sn
     v_ptr += batch * v_sb + head * v_sn
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    factor = scale * LOG2_E
     walk = tl.cdiv(NK, BLOCK_N)
     for step in range(tl.load(rounds_ptr + table) * walk):
         n0 = (step % walk) * BLOCK_N
@@ -164,9 +166,9 @@ def dense_query_grad_kernel(
         v_off = _offsets(n, kh * kw, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = _listed(scores, bits, n0, n, kh * kw, LOG2_TK)
-        p = tl.exp2(scores - lse[:, None])
+        p = tl.exp2(scores * factor - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
@@ -200,6 +202,7 @@ def dense_key_grad_kernel(
     q_ptr += batch * q_sb + head * q_sn
     plane, image = (batch * HEADS + head) * N, batch * (N * HEADS * D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    factor = scale * LOG2_E
     walk = tl.cdiv(N, BLOCK_M)
     for step in range(tl.load(rounds_ptr + table) * walk):
         m = (step % walk) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -214,9 +217,9 @@ def dense_key_grad_kernel(
         delta = tl.load(delta_ptr + plane + pixels, mask=inside, other=0.0)
         region = tl.where(inside, m // (rh * rw), 0)
         bits = tl.load(mask_ptr + (step // walk) * P + region)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = _listed(scores, bits, n0, n, kh * kw, LOG2_TK)
-        p = tl.exp2(scores - lse[:, None])
+        p = tl.exp2(scores * factor - lse[:, None])
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
         ds = (p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
