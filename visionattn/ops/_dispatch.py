@@ -1,18 +1,22 @@
 """Which implementation of an operator runs.
 
-``auto`` takes the registered operator, whose kernel PyTorch's dispatcher picks by device; ``reference`` takes the
-plain gather form of ``reference.py``, which is slow and memory hungry but short enough to be read as the definition.
+``auto`` takes the Triton kernels for tensors on a GPU and PyTorch's own operators elsewhere, ``triton`` the kernels
+wherever the tensors are (on a CPU that needs Triton's interpreter, TRITON_INTERPRET=1), ``eager`` never them.
+``reference`` takes the plain gather form of ``reference.py``, which is slow and memory hungry but short enough to be
+read as the definition.
 The choice comes from the environment variable ``VISIONATTN_BACKEND`` and can be changed for a block of code.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "eager", "reference")
 
 
 def _checked(name: str, origin: str) -> str:
@@ -47,6 +51,16 @@ def use_backend(name: str) -> Iterator[None]:
 def use_reference() -> bool:
     """Whether the plain form must run: on request, or because ONNX knows only PyTorch's own operators."""
     return _backend == "reference" or torch.onnx.is_in_onnx_export()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels must run for ``x``, if there are any for its shape and dtype."""
+    return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton())
 
 
 def register_autocast(op: Any, tensors: int) -> None:

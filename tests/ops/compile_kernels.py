@@ -1,0 +1,68 @@
+"""Compile the kernels as they are launched for the shapes of BiFormer, for a GPU that need not be there.
+
+Prints the shared memory of each in bytes as JSON. Run without TRITON_INTERPRET.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, launch
+
+found = {}
+KINDS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Recorder:
+    """Stands for a kernel: instead of launching it compiles for the arguments."""
+
+    def __init__(self, name, kernel, target):
+        self.name, self.kernel, self.target = name, kernel, target
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, num_warps=4, num_stages=2, **constants):
+        names = [name for name in self.kernel.arg_names if name not in constants]
+        signature, attrs = dict.fromkeys(constants, "constexpr"), {}
+        for name, value in zip(names, args, strict=True):
+            signature[name] = (
+                KINDS[value.dtype] if torch.is_tensor(value) else "fp32" if isinstance(value, float) else "i32"
+            )
+            if torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):
+                attrs[(self.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+        signature = {name: signature[name] for name in self.kernel.arg_names}
+        source = ASTSource(self.kernel, signature, constants, attrs)
+        built = triton.compile(source, target=self.target, options=dict(num_warps=num_warps, num_stages=num_stages))
+        found[f"{self.name} {constants.get('HEADS', '')} {constants.get('PRECISION', '')}"] = built.metadata.shared
+
+
+def run(capability):
+    """Call the launching code with tensors of the published shapes and kernels that only compile."""
+    target = GPUTarget("cuda", capability, 32)
+    for module in (kernels_dense, kernels_listed, kernels_tables):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, Recorder(name, getattr(module, name), target))
+    stages = [(56, 2, 8, 1, torch.bfloat16), (28, 4, 4, 4, torch.bfloat16), (14, 8, 2, 16, torch.float32)]
+    for side, heads, region, topk, dtype in stages:
+        q, k, v = (torch.empty(1, side, side, heads, 32, dtype=dtype) for _ in range(3))
+        index = torch.zeros(1, 1, 49, topk, dtype=torch.int32)
+        rest = index, (region, region), (region, region), 0.1
+        out, lse = launch.forward(q, k, v, *rest)
+        launch.backward(out, lse, q, k, v, index, out, lse, *rest[1:])
+    launch.region_mean(torch.empty(1, 56, 56, 64), (8, 8))
+    launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
+
+
+run(int(sys.argv[1]))
+print(json.dumps(found))
