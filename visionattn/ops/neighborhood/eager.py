@@ -5,8 +5,6 @@ matrix product; a tile of -inf and relative position bias is added to it. The ba
 the log-sum-exp and adds the gradients of a tile's keys to a slice of the map. A step takes as many images and tiles at
 once as fit, and tiles are made smaller where one alone would not, so the memory beyond inputs, outputs and gradients
 stays below four times the size of key and value.
-
-Kernels for other devices are added with ``register_kernel`` on the operators below.
 """
 
 import math

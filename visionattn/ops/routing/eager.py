@@ -7,8 +7,8 @@ gradient sums that are too large along the channels. So the memory beyond inputs
 twice the size of key and value however long the lists and however large the regions are; a plain gather copies key and
 value ``topk`` times.
 
-Kernels for other devices are added with ``register_kernel`` on the operators below; checks, autograd, autocast, shape
-inference and FLOP formulas stay here.
+On a GPU the operators hand over to the Triton kernels (``launch.py``); autograd, autocast, shape inference and FLOP
+formulas are the same for both.
 """
 
 import itertools
