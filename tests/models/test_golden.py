@@ -12,7 +12,7 @@ import torch
 from helpers import assert_golden, inputs, load_reference, published_weights, record_agreement
 from reference import fill
 
-import visionattn
+from visionattn.ops import split_windows
 
 # reference: model and its arguments
 NETWORKS = {
@@ -133,7 +133,7 @@ def as_published(key, out):
     if key.endswith(".0.attn.proj") and out.dim() == 4:
         height, width = (-side % 7 for side in out.shape[1:3])
         padded = torch.nn.functional.pad(out, (0, 0, 0, width, 0, height), value=math.nan)
-        return visionattn.layers.split_windows(padded, 7)
+        return split_windows(padded, 7)
     return out
 
 

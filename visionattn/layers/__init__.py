@@ -9,9 +9,7 @@ from visionattn.layers.routing_attention import RoutingAttention
 from visionattn.layers.windows import (
     ResidualDepthwiseConv,
     WindowAttention,
-    join_windows,
     multi_head_attention,
-    split_windows,
 )
 
 __all__ = [
@@ -23,7 +21,5 @@ __all__ = [
     "ResidualDepthwiseConv",
     "RoutingAttention",
     "WindowAttention",
-    "join_windows",
     "multi_head_attention",
-    "split_windows",
 ]

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.layers.windows import join_windows, multi_head_attention, split_windows
-from visionattn.ops import crop, pad_to_multiple
+from visionattn.layers.windows import multi_head_attention
+from visionattn.ops import crop, join_windows, pad_to_multiple, split_windows
 
 
 @register_notrace_module  # a leaf for torch.fx: the operators' argument checks are not traceable
@@ -74,7 +74,8 @@ class HiLoAttention(nn.Module):
         parts: list[Tensor] = []
         if self.high_qkv is not None and self.high_proj is not None:
             q, k, v = split_windows(self.high_qkv(padded), self.window_size).chunk(3, dim=-1)
-            high = join_windows(multi_head_attention(q, k, v, self.high_heads), self.window_size)
+            high = multi_head_attention(q, k, v, self.high_heads)
+            high = join_windows(high, self.window_size, padded.shape[0], padded.shape[1], padded.shape[2])
             parts.append(self.high_proj(crop(high, x.shape[1], x.shape[2])))
         if self.low_q is not None and self.low_kv is not None and self.low_proj is not None:
             pooled = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)

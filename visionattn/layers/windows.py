@@ -1,21 +1,11 @@
-"""Windows without overlap, their attention, and other small modules that several backbones share."""
+"""Attention in windows without overlap, and other small modules that several backbones share."""
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.ops import crop, pad_to_multiple
-
-
-def split_windows(x: Tensor, side: int) -> Tensor:
-    """``[B, H, W, C]`` to ``[B, H / side, W / side, side * side, C]``, all row by row; ``side`` divides both."""
-    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4)
-
-
-def join_windows(x: Tensor, side: int) -> Tensor:
-    """The way back from ``split_windows``."""
-    return x.unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+from visionattn.ops import crop, join_windows, pad_to_multiple, split_windows
 
 
 def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -76,9 +66,10 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
-        windows = split_windows(pad_to_multiple(x, self.window_size), self.window_size)
-        q, k, v = self.qkv(windows).chunk(3, dim=-1)
-        out = join_windows(multi_head_attention(q, k, v, self.num_heads), self.window_size)
+        x = pad_to_multiple(x, self.window_size)
+        B, H, W = x.shape[:3]
+        q, k, v = self.qkv(split_windows(x, self.window_size)).chunk(3, dim=-1)
+        out = join_windows(multi_head_attention(q, k, v, self.num_heads), self.window_size, B, H, W)
         return self.proj(crop(out, height, width))
 
     def extra_repr(self) -> str:

@@ -186,6 +186,15 @@ class DaViT(PyramidBackbone):
         self.finish(stages, nn.Identity(), embed_dims, in_chans, num_classes, global_pool, drop_rate, head=head, **dd)
         self.apply(_init_weights)
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As in the base class; the final norm stands behind the pooling and goes with the head."""
+        kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if (prune_norm or prune_head) and isinstance(self.head, NormMlpClassifierHead):
+            self.head.norm = nn.Identity()
+        return kept
+
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):

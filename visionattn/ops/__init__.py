@@ -4,16 +4,19 @@ from visionattn.ops._dispatch import backend, use_backend
 from visionattn.ops.neighborhood import neighborhood_attention, neighborhood_sum
 from visionattn.ops.padding import crop, pad_to_at_least, pad_to_multiple
 from visionattn.ops.routing import region_mean, routed_attention, topk_regions
+from visionattn.ops.windows import join_windows, split_windows
 
 __all__ = [
     "backend",
     "crop",
+    "join_windows",
     "neighborhood_attention",
     "neighborhood_sum",
     "pad_to_at_least",
     "pad_to_multiple",
     "region_mean",
     "routed_attention",
+    "split_windows",
     "topk_regions",
     "use_backend",
 ]

@@ -48,8 +48,13 @@ def pad_to_at_least(x: Tensor, height: int, width: int) -> Tensor:
         raise ValueError(f"pad_to_at_least wants x [B, H, W, C], got {x.dim()} axes")
     if torch.jit.is_scripting():
         return torch.ops.visionattn.pad_to(x, max(x.shape[1], height), max(x.shape[2], width))
-    H, W = torch.sym_max(x.shape[1], height), torch.sym_max(x.shape[2], width)
-    return _pad_to(x, H, W)  # type: ignore[arg-type]  # sizes may be symbols
+    return _pad_to_at_least(x, height, width)
+
+
+@torch.jit.unused
+def _pad_to_at_least(x: Tensor, height: int, width: int) -> Tensor:
+    H, W = torch.sym_max(x.shape[1], height), torch.sym_max(x.shape[2], width)  # sizes may be symbols
+    return _pad_to(x, H, W)  # type: ignore[arg-type]
 
 
 @torch.jit.unused

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_golden, inputs, load_reference, published_weights
 
-from visionattn.layers import NeighborhoodAttention, WindowAttention, join_windows, multi_head_attention, split_windows
+from visionattn.layers import NeighborhoodAttention, WindowAttention, multi_head_attention
 
 
 def test_window_attention_equals_published():
@@ -24,13 +24,6 @@ def test_neighborhood_attention_equals_published(case, size, dilation, step):
     layer = NeighborhoodAttention(64, 2, 7, dilation).double()
     layer.load_state_dict(published_weights(manifest))
     assert_golden(case, stored[case], layer(inputs((1, *size, 64), 0))[..., ::step])
-
-
-def test_windows_are_cut_row_by_row_and_joined_again():
-    x = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3)
-    windows = split_windows(x, 2)
-    assert torch.equal(windows[1, 1, 2].view(2, 2, 3), x[1, 2:4, 4:6])
-    assert torch.equal(join_windows(windows, 2), x)
 
 
 @pytest.mark.parametrize("make", [lambda: WindowAttention(12, 3, 5), lambda: NeighborhoodAttention(12, 3, 5)])
