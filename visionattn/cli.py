@@ -107,13 +107,18 @@ def convert_command(args: argparse.Namespace) -> None:
 
 
 def benchmark_command(args: argparse.Namespace) -> None:
-    """Time models, or attention layers, side by side."""
+    """Time models, attention layers or operators side by side."""
     import torch
 
+    if bool(args.models) + (args.attention is not None) + args.ops != 1:
+        raise ValueError("give either names of models or --attention SIDE or --ops")
+    if args.ops:
+        from visionattn.tasks.benchmark_ops import FORMS, benchmark_ops
+
+        print(benchmark_ops(Path(args.output) if args.output else None, list(FORMS), args.rounds))
+        return
     from visionattn.tasks.benchmark import benchmark_attention, benchmark_models
 
-    if bool(args.models) == (args.attention is not None):
-        raise ValueError("give either names of models or --attention SIDE")
     if args.threads:
         torch.set_num_threads(args.threads)
     common = (args.batch, args.rounds, args.device, args.dtype)
@@ -169,10 +174,12 @@ def _add_using(commands: Any) -> None:
         "benchmark",
         help="time models or attention layers side by side",
         description="visionattn benchmark davit_t davit_tiny patnet_t2:folded fasternet_t2 --threads 2; "
-        "or visionattn benchmark --attention 14 --batch 16",
+        "or visionattn benchmark --attention 14 --batch 16; or visionattn benchmark --ops",
     )
     command.add_argument("models", nargs="*", metavar="MODEL[:folded]", help="names of timm or this package")
     command.add_argument("--attention", type=int, metavar="SIDE", help="HiLo and its peers on maps of this side")
+    command.add_argument("--ops", action="store_true", help="routed attention and its peers on a CUDA device")
+    command.add_argument("--output", help="with --ops: CSV file to append to")
     command.add_argument("--dim", type=int, default=384, help="channels of the maps (default 384)")
     command.add_argument("--heads", type=int, default=12, help="attention heads (default 12)")
     command.add_argument("--batch", type=int, default=1, help="images at once (default 1)")

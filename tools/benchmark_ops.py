@@ -1,0 +1,8 @@
+"""``python tools/benchmark_ops.py [--output FILE.csv]``: the same as ``visionattn benchmark --ops``."""
+
+import sys
+
+from visionattn.cli import main
+
+if __name__ == "__main__":
+    main(["benchmark", "--ops", *sys.argv[1:]])
