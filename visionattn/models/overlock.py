@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, SqueezeExcite, trunc_normal_
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import checkpoint, generate_default_cfgs, register_model, reparameterize_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from visionattn.layers import ContextMixing, DilatedReparamConv, ResidualDepthwiseConv
