@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from visionattn.layers import DilatedReparamConv

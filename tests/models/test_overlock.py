@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from helpers import assert_close, assert_golden, inputs, load_reference, published_weights
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

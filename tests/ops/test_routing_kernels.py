@@ -146,6 +146,7 @@ def test_ranking_equals_with_ties(P, PK, topk, heads):
 def test_kernels_compile_for_gpus(capability, shared):
     script = Path(__file__).with_name("compile_kernels.py")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
     result = subprocess.run([sys.executable, str(script), str(capability)], capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = json.loads(result.stdout)

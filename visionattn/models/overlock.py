@@ -275,7 +275,7 @@ class OverLoCK(PyramidBackbone):
         head_hidden_size: Channels of the map that is pooled for the classifier.
         aux_head: With a classifier on the Overview-Net, for a second loss.
         merged: For inference: one large convolution in place of each sum of branches, what
-            ``timm.models.reparameterize_model`` makes of a trained model.
+            ``timm.utils.reparameterize_model`` makes of a trained model.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         device: Device of the parameters.
@@ -499,7 +499,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if large and merged == branches:
         raise ValueError(
             f"the checkpoint has {'merged' if merged else 'multi-branch'} convolutions; create the model with "
-            f"merged={merged} (timm.models.reparameterize_model merges a loaded one)"
+            f"merged={merged} (timm.utils.reparameterize_model merges a loaded one)"
         )
     for key, tensor in state_dict.items():
         for pattern, name in (*_OFFICIAL_KEYS, (r"\.lk_origin\.", "." if merged else ".large.0.")):
