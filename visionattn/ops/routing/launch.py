@@ -103,19 +103,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-CHOSEN: dict[str, Tile] = {}  # by kernel, before any rule; for measuring
-
-
 def _block(n: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(n)))
 
 
-def _tile(kernel: str, rows: int, columns: int) -> Tile:
-    """Tile of a kernel for regions of ``rows`` pixels and walks over ``columns``."""
-    if kernel in CHOSEN:
-        return CHOSEN[kernel]
+def _tile(rows: int, columns: int, short_walk: bool = False) -> Tile:
+    """Tile for ``rows`` query and ``columns`` key rows, of which the kernel holds one and walks over the other.
+
+    The best of a few on an H100: four warps for 64 x 64 scores, fewer for less, no pipeline for walks of about a step.
+    """
     m, n = _block(rows, 64), _block(columns, 64)
-    return Tile(m, n, max(1, min(4, m * n // 1024)), 2)
+    return Tile(m, n, max(1, min(4, m * n // 1024)), 1 if short_walk else 2)
 
 
 def forward(
@@ -134,13 +132,13 @@ def forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((c.B, c.heads, c.H, c.W), dtype=torch.float32, device=query.device)
     if c.dense:
-        masks, tile = c.masks(), _tile("dense_forward", c.N, min(c.NK, 32 * c.TK))
+        masks, tile = c.masks(), _tile(c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_forward_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
             *c.inputs()[:3], *masks, out, lse, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
         )  # fmt: skip
         return out, lse
-    tile = _tile("forward", c.T, c.K * c.TK)
+    tile = _tile(c.T, c.K * c.TK)
     tiles = triton.cdiv(c.T, tile.rows)
     kernels_listed.forward_kernel[(c.B * c.P * tiles * c.heads,)](
         *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
@@ -197,23 +195,22 @@ def backward(
     saved = (out, lse, grad_out, grad_lse)
     if c.dense:
         masks, delta = c.masks(), torch.empty_like(lse)
-        tile = _tile("dense_query_grad", c.N, min(c.NK, 32 * c.TK))
+        tile = _tile(c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_query_grad_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
             *c.inputs()[:3], *masks, *saved, dq, delta, scale, *c.dense_shape(),
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
             **c.dense_options(), **c.options,
         )  # fmt: skip
-        tile = _tile("dense_key_grad", c.N, min(c.NK, 32 * c.TK))
         kernels_dense.dense_key_grad_kernel[(c.B * c.heads * triton.cdiv(c.NK, tile.columns),)](
             *c.inputs()[:3], *masks, lse, grad_out, delta, dk, dv, scale, *c.dense_shape(),
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
             **c.dense_options(), **c.options,
         )  # fmt: skip
         return dq * factor if factor != 1.0 else dq, dk, dv
-    one_pass = c.K == 1 and _tile("key_grad", c.T, c.TK).columns >= c.TK
+    one_pass = c.K == 1 and _tile(c.T, c.TK).columns >= c.TK
     delta = lse if one_pass else torch.empty_like(lse)
     if not one_pass:
-        tile = _tile("query_grad", c.T, c.K * c.TK)
+        tile = _tile(c.T, c.K * c.TK if c.T > 16 else min(c.K * c.TK, 32))
         tiles = triton.cdiv(c.T, tile.rows)
         kernels_listed.query_grad_kernel[(c.B * c.P * tiles * c.heads,)](
             *c.inputs(), *saved, dq, delta, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
@@ -224,7 +221,8 @@ def backward(
     listed, count = invert_index(c.index, c.PK)
     shared = index.shape[1] == 1
     lists = [listed.stride(0), 0 if shared else listed.stride(1), count.stride(0), 0 if shared else count.stride(1)]
-    tile = _tile("key_grad", c.T * max(1, c.P * c.K // c.PK), c.TK)
+    met = c.T * max(1, c.P * c.K // c.PK)  # query rows that a key region meets on average
+    tile = _tile(met if c.TK > 16 else min(met, 32), c.TK, short_walk=one_pass)
     tiles = triton.cdiv(c.TK, tile.columns)
     kernels_listed.key_grad_kernel[(c.B * (c.PK + one_pass) * tiles * c.heads,)](
         c.query, c.key, c.value, listed, count, *saved, delta, dq, dk, dv, scale, *c.strides(), *lists,
