@@ -64,7 +64,7 @@ CASES = {
     "pad_axes": (lambda: pad_to_multiple(torch.zeros(4, 6, 1), 2), r"\[B, H, W, C\], got 2 and 3 axes"),
     "crop_axes": (lambda: crop(torch.zeros(4, 6, 1), 2, 2), r"\[B, H, W, C\], got 3 axes"),
     "crop_large": (lambda: crop(torch.zeros(1, 4, 6, 1), 5, 6), r"5x6 is larger than the map 4x6; use pad_to"),
-    "backend": (lambda: use_backend("nonsense").__enter__(), r"backend='nonsense'.*auto, reference"),
+    "backend": (lambda: use_backend("nonsense").__enter__(), r"backend='nonsense'.*auto, triton, eager, reference"),
 }
 
 
@@ -105,4 +105,4 @@ def test_environment_variable_sets_the_backend(value, code):
     assert result.returncode == code, result.stderr
     if code:
         assert "ValueError: VISIONATTN_BACKEND='nonsense' is not a backend" in result.stderr
-        assert "auto, reference" in result.stderr
+        assert "auto, triton, eager, reference" in result.stderr
