@@ -1,12 +1,12 @@
 """What the isotropic token-MLP backbones share: patches, a block, published keys, and timm's methods over them."""
 
-import re
 from typing import Any
 
 from timm.layers import DropPath, LayerNorm, PatchEmbed, register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
+from visionattn.models._weights import rename_keys
 from visionattn.ops import pad_to_multiple
 
 
@@ -123,9 +123,6 @@ def rename_published(state_dict: dict[str, Any], unit_keys: tuple[tuple[str, str
     Returns:
         The state dict under our names.
     """
-    for inner in ("model", "state_dict"):
-        if isinstance(state_dict.get(inner), dict):
-            state_dict = state_dict[inner]
     names = (
         (r"^patcher\.", "stem.proj."),
         (r"^model\.(\d+)\.", r"stages.\1.blocks.0."),
@@ -134,9 +131,4 @@ def rename_published(state_dict: dict[str, Any], unit_keys: tuple[tuple[str, str
         (r"^classifier\.", "head.fc."),
         *unit_keys,
     )
-    renamed = {}
-    for key, tensor in state_dict.items():
-        for pattern, name in names:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    return renamed
+    return rename_keys(state_dict, names)

@@ -7,8 +7,9 @@ download cache is keyed by the last part of an address, which is the same word f
 
 import os
 import pickle
+import re
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
+Replacement = str | Callable[[re.Match[str]], str]
 Filter = Callable[[Weights, nn.Module], Weights]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,6 +51,29 @@ def download_weights(url: str, name: str, cache_dir: str | Path | None = None) -
             'pretrained_cfg_overlay=dict(file="..."), or use pretrained=False'
         ) from error
     return path
+
+
+def unwrap(state_dict: dict[str, Any]) -> Weights:
+    """The tensors of a published file, which may lie under ``model`` or ``state_dict``."""
+    for inner in ("model", "state_dict"):
+        if isinstance(state_dict.get(inner), dict):
+            state_dict = state_dict[inner]
+    return state_dict
+
+
+def rename_keys(state_dict: dict[str, Any], names: Sequence[tuple[str, Replacement]]) -> Weights:
+    """The tensors of a published file under other names.
+
+    Args:
+        state_dict: A state dict, possibly under ``model`` or ``state_dict``.
+        names: Regular expressions and what replaces them, applied to every key in this order.
+    """
+    renamed = {}
+    for key, tensor in unwrap(state_dict).items():
+        for pattern, name in names:
+            key = re.sub(pattern, name, key)
+        renamed[key] = tensor
+    return renamed
 
 
 def _readable(path: str) -> bool:

@@ -10,7 +10,6 @@ Departures: maps of any size are padded inside the attention (the published ``au
 off; the same where the sizes divide), and equal routing scores are broken by the lower region index.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from visionattn.layers import RoutingAttention
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
-from visionattn.models._weights import build_backbone
+from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
 DENSE = -2  # the published code's value of topk for a stage that attends to the whole map
 
@@ -210,17 +209,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         The state dict under our names.
     """
-    inner = state_dict.get("model")
-    if isinstance(inner, dict):
-        state_dict = inner
-    if not any(key.startswith("downsample_layers.") for key in state_dict):
-        return state_dict
-    renamed = {}
-    for key, tensor in state_dict.items():
-        for pattern, name in _OFFICIAL_KEYS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    return renamed
+    published = any(key.startswith("downsample_layers.") for key in unwrap(state_dict))
+    return rename_keys(state_dict, _OFFICIAL_KEYS if published else ())
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> BiFormer:

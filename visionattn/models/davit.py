@@ -6,7 +6,6 @@ Code: https://github.com/dingmyu/davit (MIT), ``timm/models/davit.py``.
 Weights load under the published names and under those of timm's own ``davit_tiny``, ``_small`` and ``_base``.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from visionattn.layers import ResidualDepthwiseConv, WindowAttention
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
-from visionattn.models._weights import build_backbone
+from visionattn.models._weights import build_backbone, rename_keys
 from visionattn.ops import pad_to_multiple
 
 
@@ -227,15 +226,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         The state dict under our names.
     """
-    for inner in ("state_dict", "model"):
-        if isinstance(state_dict.get(inner), dict):
-            state_dict = state_dict[inner]
-    renamed = {}
-    for key, tensor in state_dict.items():
-        for pattern, name in _PUBLISHED_KEYS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    return renamed
+    return rename_keys(state_dict, _PUBLISHED_KEYS)
 
 
 def _create_davit(variant: str, pretrained: bool = False, **kwargs: Any) -> DaViT:

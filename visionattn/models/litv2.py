@@ -8,7 +8,6 @@ published classifiers take squares of one size. The norms which that backbone ad
 ImageNet weights have none.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from visionattn.layers import DeformablePatches, HiLoAttention
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
-from visionattn.models._weights import build_backbone
+from visionattn.models._weights import build_backbone, rename_keys
 from visionattn.ops import pad_to_multiple
 
 
@@ -196,15 +195,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         The state dict under our names.
     """
-    for inner in ("model", "state_dict"):
-        if isinstance(state_dict.get(inner), dict):
-            state_dict = state_dict[inner]
-    renamed = {}
-    for key, tensor in state_dict.items():
-        for pattern, name in _OFFICIAL_KEYS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    return renamed
+    return rename_keys(state_dict, _OFFICIAL_KEYS)
 
 
 def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> LITv2:

@@ -8,7 +8,6 @@ Departures: none in what is computed. Maps smaller than kernel x dilation are pa
 published code relied on; later versions of natten refuse them.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from visionattn.layers import NeighborhoodAttention
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
-from visionattn.models._weights import build_backbone
+from visionattn.models._weights import build_backbone, rename_keys
 
 Dilations = int | tuple[int | tuple[int, ...], ...]
 
@@ -166,9 +165,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         The state dict under our names.
     """
-    for inner in ("model", "state_dict"):
-        if isinstance(state_dict.get(inner), dict):
-            state_dict = state_dict[inner]
     names = (
         (r"^patch_embed\.proj\.(\d)\.", r"stem.\1."),
         (r"^patch_embed\.norm\.", "stem.2."),
@@ -177,14 +173,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         (r"^levels\.(\d+)\.downsample\.norm\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.1."),
         (r"^head\.(weight|bias)$", r"head.fc.\1"),
     )
-    own, renamed = model.state_dict(), {}
-    for key, tensor in state_dict.items():
-        for pattern, name in names:
-            key = re.sub(pattern, name, key)
+    own, renamed = model.state_dict(), rename_keys(state_dict, names)
+    for key, tensor in renamed.items():
         if key.endswith(".rpb") and key in own and tensor.shape != own[key].shape and tensor.dim() == 3:
             size = own[key].shape[1:]
-            tensor = nn.functional.interpolate(tensor[None], size, mode="bicubic", align_corners=False)[0]
-        renamed[key] = tensor
+            renamed[key] = nn.functional.interpolate(tensor[None], size, mode="bicubic", align_corners=False)[0]
     return renamed
 
 

@@ -11,7 +11,6 @@ Departures: the auxiliary classifier is left out unless asked for, and where a m
 longer side is scaled exactly (floating point loses a pixel at some shapes from 9:1 on).
 """
 
-import re
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from visionattn.layers import ContextMixing, DilatedReparamConv, ResidualDepthwiseConv
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_image
-from visionattn.models._weights import build_backbone
+from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
 
 def conv_norm(in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, **dd: Any) -> nn.Sequential:
@@ -490,9 +489,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: A checkpoint with merged convolutions for a model with branches, or the reverse.
     """
-    for inner in ("state_dict", "model"):
-        if isinstance(state_dict.get(inner), dict):
-            state_dict = state_dict[inner]
+    state_dict = unwrap(state_dict)
     own, renamed = model.state_dict(), {}
     large = [key.rpartition(".")[2] for key in state_dict if ".lk_origin." in key]
     merged, branches = "bias" in large, any(isinstance(module, DilatedReparamConv) for module in model.modules())
@@ -501,9 +498,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             f"the checkpoint has {'merged' if merged else 'multi-branch'} convolutions; create the model with "
             f"merged={merged} (timm.utils.reparameterize_model merges a loaded one)"
         )
-    for key, tensor in state_dict.items():
-        for pattern, name in (*_OFFICIAL_KEYS, (r"\.lk_origin\.", "." if merged else ".large.0.")):
-            key = re.sub(pattern, name, key)
+    names = (*_OFFICIAL_KEYS, (r"\.lk_origin\.", "." if merged else ".large.0."))
+    for key, tensor in rename_keys(state_dict, names).items():
         if key not in own and key.startswith(("projection.", "aux_head.")):
             continue
         if key in own and tensor.shape != own[key].shape:

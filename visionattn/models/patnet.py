@@ -20,7 +20,6 @@ convolutions merged with their neighbours, equal outputs.
 
 import copy
 import math
-import re
 from functools import partial
 from typing import Any
 
@@ -40,7 +39,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
-from visionattn.models._weights import build_backbone
+from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -493,17 +492,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         The state dict under our names.
     """
-    for inner in ("model", "state_dict"):
-        if isinstance(state_dict.get(inner), dict):
-            state_dict = state_dict[inner]
-    if not any(key.startswith("patch_embed.") for key in state_dict):
-        return state_dict
-    renamed = {}
-    for key, tensor in state_dict.items():
-        for pattern, name in _PUBLISHED_KEYS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = tensor.flatten(1) if key.endswith(".gate_fc.weight") else tensor
-    return renamed
+    published = any(key.startswith("patch_embed.") for key in unwrap(state_dict))
+    renamed = rename_keys(state_dict, _PUBLISHED_KEYS if published else ())
+    return {key: x.flatten(1) if key.endswith(".gate_fc.weight") else x for key, x in renamed.items()}
 
 
 def _create_patnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PATNet:
