@@ -4,6 +4,7 @@ All queries of a tile belong to one dilation group, so the keys that their windo
 a plain slice of the map. Tiles whose windows lie alike (all inner ones do) form a class and are computed together.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -77,9 +78,9 @@ def slots(kind: TileClass, kernel: tuple[int, int], device: torch.device) -> tup
         flattened table of relative positions. And which queries ``[queries]`` an earlier tile has.
     """
 
-    def axis(shape: Shape, k: int) -> tuple[Tensor, Tensor]:
+    def axis(shape: Shape, k: int) -> Iterator[Tensor]:
         tap = torch.arange(k, device=device)
-        return (torch.tensor(v, device=device)[:, None] + tap for v in (shape.starts, shape.relative))  # type: ignore[return-value]
+        return (torch.tensor(v, device=device)[:, None] + tap for v in (shape.starts, shape.relative))
 
     (rows, rel_rows), (columns, rel_columns) = axis(kind.rows, kernel[0]), axis(kind.columns, kernel[1])
 
