@@ -1,0 +1,82 @@
+"""Launching Triton kernels with little host time."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Launch:
+    """One kernel with everything that does not change between calls of the same shapes, strides and dtypes.
+
+    Triton's launcher looks at every argument of every call to find the binary that serves it, which takes longer than
+    many of the kernels run. Here the first call does that; later ones go straight to the binary, if the tensors are
+    aligned like those of the first call.
+
+    Args:
+        kernel: A ``triton.jit`` function whose parameters are tensors and floats first, then integers, then constants.
+        grid: Programs along up to three axes.
+        integers: The integer arguments.
+        constants: Values of the ``tl.constexpr`` parameters.
+        num_warps: Warps of a program.
+        num_stages: Stages of the pipeline of loads.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        integers: tuple[int, ...] = (),
+        constants: dict[str, Any] | None = None,
+        num_warps: int = 4,
+        num_stages: int = 2,
+    ):
+        constants = constants or {}
+        self._kernel, self._integers = kernel, integers
+        self._grid = (*grid, 1, 1)[:3]
+        self._options = dict(constants, num_warps=num_warps, num_stages=num_stages)
+        names = kernel.arg_names[-len(constants) :] if constants else []
+        self._tail = (*integers, *(constants[name] for name in names))
+        self._compiled: Any = None
+        self._alignment = 0
+
+    def __call__(self, first: Tensor, *rest: Any) -> None:
+        """Launch on the current stream of ``first``'s device, with tensors and floats in the kernel's order."""
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                self._launch((first, *rest))
+        else:
+            self._launch((first, *rest))
+
+    def _launch(self, args: tuple[Any, ...]) -> None:
+        alignment = 0
+        for i, x in enumerate(args):
+            if isinstance(x, Tensor) and x.data_ptr() & 15:
+                alignment |= 1 << i
+        if self._compiled is not None and alignment == self._alignment:
+            self._compiled(*args, *self._tail)
+            return
+        compiled = self._kernel[self._grid](*args, *self._integers, **self._options)
+        if isinstance(compiled, triton.compiler.CompiledKernel):  # the interpreter returns nothing
+            self._compiled, self._alignment = compiled[self._grid], alignment
+
+
+class Plans(dict[Any, Any]):
+    """Prepared launches by call signature, at most ``limit``: a map of ever new sizes must not fill the memory."""
+
+    def __init__(self, limit: int = 512):
+        super().__init__()
+        self._limit = limit
+
+    def keep(self, key: Any, plan: Any) -> Any:
+        """Remember ``plan``, forgetting the oldest if there are too many, and return it."""
+        if len(self) >= self._limit:
+            del self[next(iter(self))]
+        self[key] = plan
+        return plan
+
+
+def layout(x: Tensor) -> tuple[Any, ...]:
+    """What of a tensor a prepared launch depends on, alignment aside."""
+    return x.shape, x.stride(), x.dtype, x.device
