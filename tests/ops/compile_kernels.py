@@ -28,11 +28,12 @@ class Recorder:
 
     def __init__(self, name, kernel, target):
         self.name, self.kernel, self.target = name, kernel, target
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps=4, num_stages=2, **constants):
+    def compile(self, *args, num_warps=4, num_stages=2, maxnreg=None, **constants):
         names = [name for name in self.kernel.arg_names if name not in constants]
         signature, attrs = dict.fromkeys(constants, "constexpr"), {}
         for name, value in zip(names, args, strict=True):
@@ -43,7 +44,7 @@ class Recorder:
                 attrs[(self.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
         signature = {name: signature[name] for name in self.kernel.arg_names}
         source = ASTSource(self.kernel, signature, constants, attrs)
-        built = triton.compile(source, target=self.target, options=dict(num_warps=num_warps, num_stages=num_stages))
+        built = triton.compile(source, target=self.target, options=dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg))
         found[f"{self.name} {constants.get('HEADS', '')} {constants.get('PRECISION', '')}"] = built.metadata.shared
 
 

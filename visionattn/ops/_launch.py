@@ -21,6 +21,7 @@ class Launch:
         constants: Values of the ``tl.constexpr`` parameters.
         num_warps: Warps of a program.
         num_stages: Stages of the pipeline of loads.
+        registers: Most registers of a thread; more programs fit on a processor with fewer.
     """
 
     def __init__(
@@ -31,11 +32,14 @@ class Launch:
         constants: dict[str, Any] | None = None,
         num_warps: int = 4,
         num_stages: int = 2,
+        registers: int | None = None,
     ):
         constants = constants or {}
         self._kernel, self._integers = kernel, integers
         self._grid = (*grid, 1, 1)[:3]
         self._options = dict(constants, num_warps=num_warps, num_stages=num_stages)
+        if registers is not None:
+            self._options["maxnreg"] = registers
         names = kernel.arg_names[-len(constants) :] if constants else []
         self._tail = (*integers, *(constants[name] for name in names))
         self._compiled: Any = None

@@ -53,14 +53,26 @@ def _listed(list_ptr, n0, length, size, regions, ALIGNED: tl.constexpr, LOG2: tl
 
 
 @triton.jit
+def _read(
+    ptr, list_ptr, n0, length, size, regions, rh, rw, stride_h, stride_w, channels, d,
+    ALIGNED: tl.constexpr, LOG2_T: tl.constexpr, LOG2_RW: tl.constexpr, GRID_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows ``n0 ... n0 + BLOCK`` of a walk, 0 where there is none, and which of them exist, to go with scores."""
+    listed, pixel, there = _listed(list_ptr, n0, length, size, regions, ALIGNED, LOG2_T, BLOCK)
+    offsets = _offsets(listed, pixel, GRID_W, rh, rw, LOG2_RW, stride_h, stride_w)[:, None] + d[None, :]
+    rows = tl.load(ptr + offsets, mask=(there if ALIGNED else there[:, None]) & channels[None, :], other=0.0)
+    return rows, there if ALIGNED else there[None, :]
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
     H, W, regions, rh, rw, key_regions, kh, kw, K, tiles,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr, ALIGNED: tl.constexpr, SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2_TK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr, SINGLE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``BLOCK_M`` query rows of one region and head."""
     pid = tl.program_id(0)  # heads run fastest: they read the same list and neighbouring channels
@@ -76,42 +88,63 @@ def forward_kernel(
     v_ptr += batch * v_sb + head * v_sn
     index_ptr += batch * i_sb + head * i_sn + region * K
     factor = scale * LOG2_E
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum of the scores in powers of 2
-    total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     size = kh * kw
     length = K * size
-    # one tile of keys is the whole list of most networks: then there is nothing to rescale
-    for n0 in range(0, BLOCK_N if SINGLE else length, BLOCK_N):
-        listed, pixel, there = _listed(index_ptr, n0, length, size, key_regions, ALIGNED, LOG2_TK, BLOCK_N)
+    if SINGLE:  # one tile of keys is the whole list of most networks
+        listed, pixel, there = _listed(index_ptr, 0, length, size, key_regions, ALIGNED, LOG2_TK, BLOCK_N)
         k_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
         v_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
         kv_mask = (there if ALIGNED else there[:, None]) & channels[None, :]
         k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if ALIGNED:
-            # a missing region: its scores are 0 and a huge shift makes its probabilities 0, at no cost per score
-            new_top = tl.maximum(top, tl.where(there, tl.max(scores, 1) * factor, float("-inf")))
-            shift = tl.where(there, new_top, 1e30)
-        else:
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores * factor - shift[:, None])
         v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
-        if SINGLE:
-            total = tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        else:
-            fade = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
-            total = total * fade + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        top = new_top
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.where(there if ALIGNED else there[None, :], scores, float("-inf"))
+        shift = tl.max(scores, 1) * factor
+        shift = tl.where(shift == float("-inf"), 0.0, shift)
+        p = tl.exp2(scores * factor - shift[:, None])
+        total = tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    else:
+        # Exponentials of the scores as they are, which spares a maximum and a rescaling per score. Only if a row's sum
+        # is too large or too small for float32 is the tile computed again with its maxima subtracted; in float16,
+        # whose range is too small for that, this comes first always.
+        FIRST: tl.constexpr = min(BLOCK_N, 64)
+        shift = tl.zeros([BLOCK_M], tl.float32)
+        total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        attempt = 0
+        while attempt < 2:
+            if (attempt == 1) | EXACT:
+                attempt = 1
+                shift += float("-inf")
+                for f0 in range(0, length, FIRST):
+                    some, known = _read(k_ptr, index_ptr, f0, length, size, key_regions, kh, kw, k_sh, k_sw, channels,
+                                        d, ALIGNED, LOG2_TK, LOG2_KW, KEY_GRID_W, FIRST)  # fmt: skip
+                    exact = tl.where(known, tl.dot(q, tl.trans(some), input_precision=PRECISION), float("-inf"))
+                    shift = tl.maximum(shift, tl.max(exact, 1) * factor)
+                shift = tl.where(shift == float("-inf"), 0.0, shift)
+            total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for n0 in range(0, length, BLOCK_N):
+                listed, pixel, there = _listed(index_ptr, n0, length, size, key_regions, ALIGNED, LOG2_TK, BLOCK_N)
+                k_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, k_sh, k_sw)[:, None] + d[None, :]
+                v_off = _offsets(listed, pixel, KEY_GRID_W, kh, kw, LOG2_KW, v_sh, v_sw)[:, None] + d[None, :]
+                kv_mask = (there if ALIGNED else there[:, None]) & channels[None, :]
+                k = tl.load(k_ptr + k_off, mask=kv_mask, other=0.0)
+                v = tl.load(v_ptr + v_off, mask=kv_mask, other=0.0)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if ALIGNED:  # a huge shift makes the probabilities of a missing region 0, at no cost per score
+                    p = tl.exp2(scores * factor - tl.where(there, shift, 1e30)[:, None])
+                else:
+                    p = tl.exp2(tl.where(there[None, :], scores, float("-inf")) * factor - shift[:, None])
+                total += tl.sum(p, 1)
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            bad = tl.max((inside & ((total < 1e-24) | (total > 1e30))).to(tl.int32), 0)
+            attempt += tl.where((bad > 0) & (attempt == 0), 1, 2)
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    acc *= (1.0 / tl.where(empty, 1.0, total))[:, None]
     pixels = _offsets(region, rows, GRID_W, rh, rw, LOG2_RW, W, 1)
     out_off = (pixels * HEADS + head)[:, None] * D + d[None, :]
     tl.store(out_ptr + batch * (H * W * HEADS * D) + out_off, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = tl.where(empty, float("-inf"), top / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
+    lse = tl.where(empty, float("-inf"), shift / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
     tl.store(lse_ptr + (batch * HEADS + head) * (H * W) + pixels, lse, mask=inside)
 
 
@@ -121,8 +154,8 @@ def query_grad_kernel(
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
     H, W, regions, rh, rw, key_regions, kh, kw, K, tiles,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_TK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2_TK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``BLOCK_M`` query rows, and their ``delta = sum(out * grad_out) - grad_lse`` for the keys' gradient.
 
@@ -175,14 +208,49 @@ def query_grad_kernel(
 
 
 @triton.jit
+def _statistics(
+    lse_ptr, delta_ptr, list_ptr, n0, length, size, rh, rw, W,
+    ALIGNED: tl.constexpr, LOG2_T: tl.constexpr, LOG2_RW: tl.constexpr, GRID_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp in powers of 2 and delta of rows ``n0 ... n0 + BLOCK`` of a walk over queries.
+
+    A region that lists this one several times counts several times: the log-sum-exp is lowered by the logarithm.
+    """
+    packed, pixel, inside = _queries(list_ptr, n0, length, size, ALIGNED, LOG2_T, BLOCK)
+    pixels = _offsets(packed & 65535, pixel, GRID_W, rh, rw, LOG2_RW, W, 1)
+    lse = tl.load(lse_ptr + pixels, mask=inside, other=float("inf")) * LOG2_E
+    lse -= tl.log2(tl.maximum(packed >> 16, 1).to(tl.float32))
+    return lse, tl.load(delta_ptr + pixels, mask=inside, other=0.0)
+
+
+@triton.jit
+def _queries(list_ptr, n0, length, size, ALIGNED: tl.constexpr, LOG2_T: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries of the inverted list and pixels of rows ``n0 ... n0 + BLOCK`` of a walk, and which of them exist.
+
+    With ALIGNED all of them belong to one entry, a scalar.
+    """
+    if ALIGNED:
+        entry, first = _split(n0, size, LOG2_T)
+        packed = tl.load(list_ptr + entry, mask=n0 < length, other=0)
+        pixel = first + tl.arange(0, BLOCK)
+        inside = n0 + tl.arange(0, BLOCK) < length
+    else:
+        n = n0 + tl.arange(0, BLOCK)
+        inside = n < length
+        entry, pixel = _split(n, size, LOG2_T)
+        packed = tl.load(list_ptr + entry, mask=inside, other=0)
+    return packed, pixel, inside
+
+
+@triton.jit
 def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, l_sb, l_sn, c_sb, c_sn,
     H, W, regions, rh, rw, HK, WK, key_regions, kh, kw, tiles,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, LOG2_T: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
     ONE_PASS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BLOCK_N`` key and value rows of one region and head.
@@ -208,37 +276,35 @@ def key_grad_kernel(
     list_ptr += batch * l_sb + head * l_sn + region * regions
     q_ptr += batch * q_sb + head * q_sn
     plane, image = (batch * HEADS + head) * (H * W), batch * (H * W * HEADS * D)
+    lse_ptr += plane
+    delta_ptr += plane
+    dlse_ptr += plane
     factor = scale * LOG2_E
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     size = rh * rw
     length = count * size
+    if not ONE_PASS:  # read a step ahead, for the pipeline takes care of whole rows only
+        next_lse, next_delta = _statistics(lse_ptr, delta_ptr, list_ptr, 0, length, size, rh, rw, W,
+                                           ALIGNED, LOG2_T, LOG2_RW, GRID_W, BLOCK_M)  # fmt: skip
     for n0 in range(0, length, BLOCK_M):
-        if ALIGNED:
-            entry, first = _split(n0, size, LOG2_T)
-            packed = tl.load(list_ptr + entry)
-            pixel = first + tl.arange(0, BLOCK_M)
-            inside = pixel < size
-        else:
-            n = n0 + tl.arange(0, BLOCK_M)
-            inside = n < length
-            entry, pixel = _split(n, size, LOG2_T)
-            packed = tl.load(list_ptr + entry, mask=inside, other=0)
-        listed, times = packed & 65535, packed >> 16
+        packed, pixel, inside = _queries(list_ptr, n0, length, size, ALIGNED, LOG2_T, BLOCK_M)
+        listed = packed & 65535
         mask = inside[:, None] & channels[None, :]
         q_off = _offsets(listed, pixel, GRID_W, rh, rw, LOG2_RW, q_sh, q_sw)[:, None] + d[None, :]
         pixels = _offsets(listed, pixel, GRID_W, rh, rw, LOG2_RW, W, 1)
         where = image + (pixels * HEADS + head)[:, None] * D + d[None, :]
         q = tl.load(q_ptr + q_off, mask=mask, other=0.0)
         do = tl.load(do_ptr + where, mask=mask, other=0.0)
-        lse = tl.load(lse_ptr + plane + pixels, mask=inside, other=float("inf")) * LOG2_E
         if ONE_PASS:
             out = tl.load(out_ptr + where, mask=mask, other=0.0)
-            dlse = tl.load(dlse_ptr + plane + pixels, mask=inside, other=0.0)
-            delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - dlse
+            delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+            delta -= tl.load(dlse_ptr + pixels, mask=inside, other=0.0)
+            lse = tl.load(lse_ptr + pixels, mask=inside, other=float("inf")) * LOG2_E
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
         else:
-            delta = tl.load(delta_ptr + plane + pixels, mask=inside, other=0.0)
-            lse -= tl.log2(tl.maximum(times, 1).to(tl.float32))
+            lse, delta = next_lse, next_delta
+            next_lse, next_delta = _statistics(lse_ptr, delta_ptr, list_ptr, n0 + BLOCK_M, length, size, rh, rw, W,
+                                               ALIGNED, LOG2_T, LOG2_RW, GRID_W, BLOCK_M)  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(scores * factor - lse[:, None])
         if ONE_PASS and not FULL:  # keys that are not there must not reach the queries' gradient

@@ -7,24 +7,60 @@ import triton.language as tl
 @triton.jit
 def region_mean_kernel(
     x_ptr, out_ptr, x_sb, x_sh, x_sw, C, regions, grid_w, rh, rw,
-    LOG2_RW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    LOG2_RW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean of one region over ``BLOCK_C`` channels; every value is read once and summed in float32."""
-    region, batch = tl.program_id(0) % regions, (tl.program_id(0) // regions).to(tl.int64)
+    """Means of ``BLOCK_R`` regions over ``BLOCK_C`` channels; every value is read once and summed in float32."""
+    groups = tl.cdiv(regions, BLOCK_R)
+    group, batch = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.arange(0, BLOCK_R * BLOCK_T)
+    region = group * BLOCK_R + rows // BLOCK_T
     corner = (region // grid_w) * rh * x_sh + (region % grid_w) * rw * x_sw
-    x_ptr += batch * x_sb + corner
-    total = tl.zeros([BLOCK_C], tl.float32)
+    x_ptr += batch * x_sb
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for t0 in range(0, rh * rw, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
+        t = t0 + rows % BLOCK_T
         if LOG2_RW >= 0:
             y, x = t >> LOG2_RW, t & ((1 << LOG2_RW) - 1)
         else:
             y, x = t // rw, t % rw
-        mask = (t < rh * rw)[:, None] & (channel < C)[None, :]
-        values = tl.load(x_ptr + (y * x_sh + x * x_sw)[:, None] + channel[None, :], mask=mask, other=0.0)
-        total += tl.sum(values.to(tl.float32), 0)
-    tl.store(out_ptr + (batch * regions + region) * C + channel, total / (rh * rw), mask=channel < C)
+        mask = ((t < rh * rw) & (region < regions))[:, None] & (channel < C)[None, :]
+        values = tl.load(x_ptr + (corner + y * x_sh + x * x_sw)[:, None] + channel[None, :], mask=mask, other=0.0)
+        total += tl.sum(values.to(tl.float32).reshape(BLOCK_R, BLOCK_T, BLOCK_C), 1)
+    first = group * BLOCK_R + tl.arange(0, BLOCK_R)
+    out = (batch * regions + first)[:, None] * C + channel[None, :]
+    tl.store(out_ptr + out, total / (rh * rw), mask=(first < regions)[:, None] & (channel < C)[None, :])
+
+
+@triton.jit
+def rank_kernel(
+    q_ptr, k_ptr, index_ptr, q_sb, q_sp, k_sb, k_sp, C, P, PK, K,
+    BLOCK_P: tl.constexpr, BLOCK_PK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The ``K`` best key regions of ``BLOCK_P`` query regions, like ``topk_kernel`` but for few key regions.
+
+    The place of a region is the number of regions ahead of it; all pairs are compared at once.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    rows, cols = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_PK)
+    scores = tl.zeros([BLOCK_P, BLOCK_PK], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        there = (c < C)[None, :]
+        q = tl.load(
+            q_ptr + batch * q_sb + rows[:, None] * q_sp + c[None, :], mask=(rows < P)[:, None] & there, other=0.0
+        )
+        k = tl.load(
+            k_ptr + batch * k_sb + cols[:, None] * k_sp + c[None, :], mask=(cols < PK)[:, None] & there, other=0.0
+        )
+        scores += tl.sum(q[:, None, :] * k[None, :, :], 2)
+    # a score that is not a number goes to the end; its place must still be its own
+    scores = tl.where((cols < PK)[None, :] & (scores == scores), scores, float("-inf"))
+    one, other = scores[:, :, None], scores[:, None, :]
+    ahead = (other > one) | ((other == one) & (cols[None, None, :] < cols[None, :, None]))
+    place = tl.sum(ahead.to(tl.int32), 2)
+    where = index_ptr + (batch * P + rows)[:, None] * K + place
+    tl.store(where, tl.broadcast_to(cols[None, :], [BLOCK_P, BLOCK_PK]), mask=(rows < P)[:, None] & (place < K))
 
 
 @triton.jit

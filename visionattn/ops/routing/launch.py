@@ -1,17 +1,22 @@
 """Launching the Triton kernels of the routing operators: which program family serves a shape, and its tile sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables
+from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, tiles
+from visionattn.ops.routing.tiles import Tile
 
 DENSE_TOKENS, DENSE_REGIONS = 256, 64  # largest map that one program holds, and regions that a bit mask has
+DENSE_BYTES = 32768  # of its keys in one program; shared memory must hold these and the values
 MAX_REGIONS = 65535  # what an entry of the inverted list can name
 MAX_HEAD_DIM = 128
+
+_forward_plans, _backward_plans, _table_plans = Plans(), Plans(), Plans()
 
 
 def serves(query: Tensor, key: Tensor, index: Tensor) -> bool:
@@ -35,8 +40,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _Call:
-    """What all kernels of one call are told about its tensors."""
+class _Shape:
+    """Sizes of a call, as the kernels want them."""
 
     def __init__(
         self,
@@ -47,73 +52,105 @@ class _Call:
         q_region: Sequence[int],
         kv_region: Sequence[int],
     ):
-        self.query, self.key, self.value, self.index = _rows(query), _rows(key), _rows(value), index.contiguous()
         self.B, self.H, self.W, self.heads, self.D = query.shape
         self.HK, self.WK = key.shape[1:3]
         (self.rh, self.rw), (self.kh, self.kw) = q_region, kv_region
         self.T, self.TK = self.rh * self.rw, self.kh * self.kw
         self.P, self.K = index.shape[2:]
-        self.PK = self.HK * self.WK // self.TK
         self.N, self.NK = self.H * self.W, self.HK * self.WK
-        self.table = (index.shape[1] * self.P * self.K, self.P * self.K if index.shape[1] > 1 else 0)
-        self.dense = self.NK <= DENSE_TOKENS and self.PK <= DENSE_REGIONS and self.T < 16 and self.P * self.K <= 4096
-        self.options: dict[str, Any] = dict(
+        self.PK = self.NK // self.TK
+        self.tables = index.shape[1]
+        self.dtype, self.device = query.dtype, query.device
+        self.strides = tuple(s for x in (query, key, value) for s in x.stride()[:4])
+        self.block_d = max(16, triton.next_power_of_2(self.D))
+        self.dense = (
+            self.NK <= DENSE_TOKENS
+            and self.PK <= DENSE_REGIONS
+            and self.T < 16
+            and self.P * self.K <= 4096
+            and triton.next_power_of_2(self.NK) * self.block_d * query.element_size() <= DENSE_BYTES
+        )
+        self.constants: dict[str, Any] = dict(
             HEADS=self.heads,
             GRID_W=self.W // self.rw,
             KEY_GRID_W=self.WK // self.kw,
             D=self.D,
-            BLOCK_D=max(16, triton.next_power_of_2(self.D)),
+            BLOCK_D=self.block_d,
             LOG2_RW=_log2(self.rw),
             LOG2_KW=_log2(self.kw),
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
         )
+        # float16 has no room for exponentials of unshifted scores
+        self.exact = self.dtype == torch.float16
 
-    def strides(self) -> list[int]:
-        return [s for x in (self.query, self.key, self.value) for s in x.stride()[:4]]
+    def tile(self, kernel: str, rows: int, columns: int) -> Tile:
+        return tiles.choose(kernel, rows, columns, self.block_d, self.dtype, self.device)
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value, self.index
+    def tuned(self, kernel: str, tile: Tile, prepare: Callable[[Tile], Launch]) -> Callable[..., None]:
+        """The launch with ``tile``, or a search around it."""
+        if tiles.searching(self.device):
+            return tiles.Search(kernel, tiles.candidates(tile), prepare)
+        return prepare(tile)
 
-    def masks(self) -> tuple[Tensor, Tensor]:
-        """Lists as bit masks for the dense kernels, and how many rounds each table needs."""
-        tables = self.index.shape[0] * self.index.shape[1]
-        mask = torch.empty((tables, self.K, self.P), dtype=torch.int64, device=self.index.device)
-        rounds = torch.empty(tables, dtype=torch.int32, device=self.index.device)
-        kernels_dense.mask_kernel[(tables,)](
-            self.index, mask, rounds, self.P, self.K, self.PK,
-            BLOCK_P=triton.next_power_of_2(self.P), BLOCK_K=triton.next_power_of_2(self.K),
+    def prepare(self, kernel: Any, programs: int, integers: tuple[int, ...], tile: Tile, **constants: Any) -> Launch:
+        values = self.constants | constants
+        ordered = {name: values[name] for name in kernel.arg_names if name in values}
+        return Launch(kernel, (programs,), integers, ordered, tile.warps, tile.stages, tile.registers)
+
+    # dense family
+
+    def masks(self) -> tuple[Launch, tuple[int, ...], int]:
+        """Launch that turns lists into bit masks, shape of the masks, and number of tables."""
+        tables = self.B * self.tables
+        blocks = dict(BLOCK_P=triton.next_power_of_2(self.P), BLOCK_K=triton.next_power_of_2(self.K))
+        launch = Launch(kernels_dense.mask_kernel, (tables,), (self.P, self.K, self.PK), blocks)
+        return launch, (tables, self.K, self.P), tables
+
+    def dense_integers(self) -> tuple[int, ...]:
+        table = self.tables, 1 if self.tables > 1 else 0
+        sizes = self.H, self.W, self.rh, self.rw, self.N, self.NK, self.WK, self.kh, self.kw, self.P, self.K
+        return (*self.strides, *table, *sizes)
+
+    def dense_constants(self) -> dict[str, Any]:
+        part = min(64, 32 * self.TK)  # a tile of keys needs at most 32 bits of the masks
+        full, rest = divmod(self.NK, part)
+        last = (max(16, triton.next_power_of_2(rest)),) if rest else ()
+        return dict(LOG2_T=_log2(self.T), LOG2_TK=_log2(self.TK), PARTS=(part,) * full + last, PART=part)
+
+    # listed family
+
+    def table(self) -> tuple[int, int]:
+        return self.tables * self.P * self.K, self.P * self.K if self.tables > 1 else 0
+
+    def listed(self, kernel: Any, tile: Tile, **constants: Any) -> Launch:
+        """Launch of a kernel whose programs hold query rows."""
+        parts = triton.cdiv(self.T, tile.rows)
+        sizes = self.H, self.W, self.P, self.rh, self.rw, self.PK, self.kh, self.kw, self.K, parts
+        return self.prepare(
+            kernel, self.B * self.P * parts * self.heads, (*self.strides, *self.table(), *sizes), tile,
+            LOG2_TK=_log2(self.TK), BLOCK_M=tile.rows, BLOCK_N=tile.columns, ALIGNED=self.TK % tile.columns == 0,
+            **constants,
         )  # fmt: skip
-        return mask, rounds
-
-    def dense_shape(self) -> list[int]:
-        sizes = [self.H, self.W, self.rh, self.rw, self.N, self.NK, self.WK]
-        table = [self.index.shape[1], 1 if self.index.shape[1] > 1 else 0]
-        return [*self.strides(), *table, *sizes, self.kh, self.kw, self.P, self.K]
-
-    def dense_options(self) -> dict[str, int]:
-        return dict(LOG2_T=_log2(self.T), LOG2_TK=_log2(self.TK))
 
 
-class Tile(NamedTuple):
-    """Rows and columns of a program's tile of scores, its warps, and the stages of its pipeline of loads."""
+def _plan_forward(s: _Shape) -> Callable[..., None]:
+    if s.dense:
+        build, shape, tables = s.masks()
+        attend = s.tuned("dense_forward", s.tile("dense_forward", s.N, s.NK), lambda tile: s.prepare(
+            kernels_dense.dense_forward_kernel, s.B * s.heads, s.dense_integers(), tile,
+            BLOCK_M=tile.rows, EXACT=s.exact, **s.dense_constants(),
+        ))  # fmt: skip
 
-    rows: int
-    columns: int
-    warps: int
-    stages: int
+        def dense(query: Tensor, key: Tensor, value: Tensor, index: Tensor, *rest: Any) -> None:
+            masks = torch.empty(shape, dtype=torch.int64, device=index.device)
+            rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
+            build(index, masks, rounds)
+            attend(query, key, value, masks, rounds, *rest)
 
-
-def _block(n: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(n)))
-
-
-def _tile(rows: int, columns: int, short_walk: bool = False) -> Tile:
-    """Tile for ``rows`` query and ``columns`` key rows, of which the kernel holds one and walks over the other.
-
-    The best of a few on an H100: four warps for 64 x 64 scores, fewer for less, no pipeline for walks of about a step.
-    """
-    m, n = _block(rows, 64), _block(columns, 64)
-    return Tile(m, n, max(1, min(4, m * n // 1024)), 1 if short_walk else 2)
+        return dense
+    return s.tuned("forward", s.tile("forward", s.T, s.K * s.TK), lambda tile: s.listed(
+        kernels_listed.forward_kernel, tile, SINGLE=tile.columns >= s.K * s.TK, EXACT=s.exact
+    ))  # fmt: skip
 
 
 def forward(
@@ -128,25 +165,26 @@ def forward(
     """``visionattn::routed_attention`` on the device."""
     if scale <= 0:  # the kernels find the maximum before they scale
         query, scale = query * scale, 1.0
-    c = _Call(query, key, value, index, q_region, kv_region)
+    query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
+    name = (layout(query), layout(key), layout(value), index.shape, *q_region, *kv_region)
+    run = _forward_plans.get(name) or _forward_plans.keep(
+        name, _plan_forward(_Shape(query, key, value, index, q_region, kv_region))
+    )
+    B, H, W, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty((c.B, c.heads, c.H, c.W), dtype=torch.float32, device=query.device)
-    if c.dense:
-        masks, tile = c.masks(), _tile(c.N, min(c.NK, 32 * c.TK))
-        kernels_dense.dense_forward_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
-            *c.inputs()[:3], *masks, out, lse, scale, *c.dense_shape(), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            num_warps=tile.warps, num_stages=tile.stages, **c.dense_options(), **c.options,
-        )  # fmt: skip
-        return out, lse
-    tile = _tile(c.T, c.K * c.TK)
-    tiles = triton.cdiv(c.T, tile.rows)
-    kernels_listed.forward_kernel[(c.B * c.P * tiles * c.heads,)](
-        *c.inputs(), out, lse, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
-        c.PK, c.kh, c.kw, c.K, tiles,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
-        SINGLE=tile.columns >= c.K * c.TK, num_warps=tile.warps, num_stages=tile.stages, **c.options,
-    )  # fmt: skip
+    lse = torch.empty((B, heads, H, W), dtype=torch.float32, device=query.device)
+    run(query, key, value, index, out, lse, scale)
     return out, lse
+
+
+def _prepare_inversion(tables: int, P: int, K: int, key_regions: int) -> Launch:
+    block_k = triton.next_power_of_2(K)
+    blocks = dict(
+        BLOCK_P=min(max(16, triton.next_power_of_2(P)), max(16, 4096 // block_k)),
+        BLOCK_K=block_k,
+    )
+    groups = key_regions + 1
+    return Launch(kernels_tables.invert_kernel, (groups, tables), (P, K, groups, key_regions), blocks)
 
 
 def invert_index(index: Tensor, key_regions: int) -> tuple[Tensor, Tensor]:
@@ -162,14 +200,83 @@ def invert_index(index: Tensor, key_regions: int) -> tuple[Tensor, Tensor]:
     """
     index = index.contiguous()
     B, heads, P, K = index.shape
+    name = ("invert", layout(index), key_regions)
+    run = _table_plans.get(name) or _table_plans.keep(name, _prepare_inversion(B * heads, P, K, key_regions))
     listed = torch.empty((B, heads, key_regions + 1, P), dtype=torch.int32, device=index.device)
     count = torch.empty((B, heads, key_regions + 1), dtype=torch.int32, device=index.device)
-    block_k = triton.next_power_of_2(K)
-    kernels_tables.invert_kernel[(key_regions + 1, B * heads)](
-        index, listed, count, P, K, key_regions + 1, key_regions,
-        BLOCK_P=min(max(16, triton.next_power_of_2(P)), max(16, 4096 // block_k)), BLOCK_K=block_k,
-    )  # fmt: skip
+    run(index, listed, count)
     return listed, count
+
+
+class _Saved(NamedTuple):
+    """What the backward pass keeps of the forward one, and the gradients that come in."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def _plan_backward(s: _Shape) -> Callable[..., None]:
+    if s.dense:
+        return _plan_dense_backward(s)
+    one_pass = s.K == 1 and s.tile("one_pass", s.T, s.TK).columns >= s.TK
+    met = s.T * max(1, s.P * s.K // s.PK)  # query rows that a key region meets on average
+    lists = ((s.PK + 1) * s.P * s.tables, (s.PK + 1) * s.P, (s.PK + 1) * s.tables, s.PK + 1)
+    if s.tables == 1:
+        lists = (lists[0], 0, lists[2], 0)
+
+    def prepare_key_grad(tile: Tile) -> Launch:
+        parts = triton.cdiv(s.TK, tile.columns)
+        sizes = (s.H, s.W, s.P, s.rh, s.rw, s.HK, s.WK, s.PK, s.kh, s.kw, parts)
+        return s.prepare(
+            kernels_listed.key_grad_kernel, s.B * (s.PK + one_pass) * parts * s.heads,
+            (*s.strides, *lists, *sizes), tile,
+            LOG2_T=_log2(s.T), BLOCK_M=tile.rows, BLOCK_N=tile.columns, ALIGNED=s.T % tile.rows == 0,
+            ONE_PASS=one_pass, FULL=tile.columns == s.TK,
+        )  # fmt: skip
+
+    query_grad = None
+    if one_pass:
+        key_grad: Callable[..., None] = prepare_key_grad(s.tile("one_pass", s.T, s.TK))
+    else:
+        key_grad = s.tuned("key_grad", s.tile("key_grad", met, s.TK), prepare_key_grad)
+        query_grad = s.tuned(
+            "query_grad", s.tile("query_grad", s.T, s.K * s.TK),
+            lambda tile: s.listed(kernels_listed.query_grad_kernel, tile),
+        )  # fmt: skip
+
+    def run(inputs: tuple[Tensor, ...], index: Tensor, saved: _Saved, grads: list[Tensor], scale: float) -> None:
+        delta = saved.lse
+        if query_grad is not None:
+            delta = torch.empty_like(saved.lse)
+            query_grad(*inputs, index, *saved, grads[0], delta, scale)
+        key_grad(*inputs, *invert_index(index, s.PK), *saved, delta, *grads, scale)
+
+    return run
+
+
+def _plan_dense_backward(s: _Shape) -> Callable[..., None]:
+    build, shape, tables = s.masks()
+    constants = s.dense_constants()
+    query_grad = s.tuned("dense_query_grad", s.tile("dense_query_grad", s.N, s.NK), lambda tile: s.prepare(
+        kernels_dense.dense_query_grad_kernel, s.B * s.heads, s.dense_integers(), tile, BLOCK_M=tile.rows, **constants
+    ))  # fmt: skip
+    largest = 32 * s.TK  # a tile of keys needs at most 32 bits of the masks
+    key_grad = s.tuned("dense_key_grad", s.tile("dense_key_grad", s.N, min(s.NK, largest)), lambda tile: s.prepare(
+        kernels_dense.dense_key_grad_kernel, s.B * s.heads * triton.cdiv(s.NK, min(tile.columns, largest)),
+        s.dense_integers(), tile, BLOCK_M=tile.rows, BLOCK_N=min(tile.columns, largest), **constants,
+    ))  # fmt: skip
+
+    def run(inputs: tuple[Tensor, ...], index: Tensor, saved: _Saved, grads: list[Tensor], scale: float) -> None:
+        masks = torch.empty(shape, dtype=torch.int64, device=index.device)
+        rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
+        delta = torch.empty_like(saved.lse)
+        build(index, masks, rounds)
+        query_grad(*inputs, masks, rounds, *saved, grads[0], delta, scale)
+        key_grad(*inputs, masks, rounds, saved.lse, saved.grad_out, delta, *grads[1:], scale)
+
+    return run
 
 
 def backward(
@@ -189,62 +296,37 @@ def backward(
     factor = 1.0
     if scale <= 0:
         query, factor, scale = query * scale, scale, 1.0
-    c = _Call(query, key, value, index, q_region, kv_region)
-    grad_out, grad_lse, out = grad_out.contiguous(), grad_lse.contiguous(), out.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    saved = (out, lse, grad_out, grad_lse)
-    if c.dense:
-        masks, delta = c.masks(), torch.empty_like(lse)
-        tile = _tile(c.N, min(c.NK, 32 * c.TK))
-        kernels_dense.dense_query_grad_kernel[(c.B * c.heads * triton.cdiv(c.N, tile.rows),)](
-            *c.inputs()[:3], *masks, *saved, dq, delta, scale, *c.dense_shape(),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
-            **c.dense_options(), **c.options,
-        )  # fmt: skip
-        kernels_dense.dense_key_grad_kernel[(c.B * c.heads * triton.cdiv(c.NK, tile.columns),)](
-            *c.inputs()[:3], *masks, lse, grad_out, delta, dk, dv, scale, *c.dense_shape(),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
-            **c.dense_options(), **c.options,
-        )  # fmt: skip
-        return dq * factor if factor != 1.0 else dq, dk, dv
-    one_pass = c.K == 1 and _tile(c.T, c.TK).columns >= c.TK
-    delta = lse if one_pass else torch.empty_like(lse)
-    if not one_pass:
-        tile = _tile(c.T, c.K * c.TK if c.T > 16 else min(c.K * c.TK, 32))
-        tiles = triton.cdiv(c.T, tile.rows)
-        kernels_listed.query_grad_kernel[(c.B * c.P * tiles * c.heads,)](
-            *c.inputs(), *saved, dq, delta, scale, *c.strides(), *c.table, c.H, c.W, c.P, c.rh, c.rw,
-            c.PK, c.kh, c.kw, c.K, tiles,
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_TK=_log2(c.TK), ALIGNED=c.TK % tile.columns == 0,
-            num_warps=tile.warps, num_stages=tile.stages, **c.options,
-        )  # fmt: skip
-    listed, count = invert_index(c.index, c.PK)
-    shared = index.shape[1] == 1
-    lists = [listed.stride(0), 0 if shared else listed.stride(1), count.stride(0), 0 if shared else count.stride(1)]
-    met = c.T * max(1, c.P * c.K // c.PK)  # query rows that a key region meets on average
-    tile = _tile(met if c.TK > 16 else min(met, 32), c.TK, short_walk=one_pass)
-    tiles = triton.cdiv(c.TK, tile.columns)
-    kernels_listed.key_grad_kernel[(c.B * (c.PK + one_pass) * tiles * c.heads,)](
-        c.query, c.key, c.value, listed, count, *saved, delta, dq, dk, dv, scale, *c.strides(), *lists,
-        c.H, c.W, c.P, c.rh, c.rw, c.HK, c.WK, c.PK, c.kh, c.kw, tiles,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, LOG2_T=_log2(c.T), ALIGNED=c.T % tile.rows == 0, ONE_PASS=one_pass,
-        FULL=tile.columns == c.TK, num_warps=tile.warps, num_stages=tile.stages, **c.options,
-    )  # fmt: skip
-    return dq * factor if factor != 1.0 else dq, dk, dv
+    query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
+    name = (layout(query), layout(key), layout(value), index.shape, *q_region, *kv_region)
+    run = _backward_plans.get(name) or _backward_plans.keep(
+        name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region))
+    )
+    saved = _Saved(out.contiguous(), lse, grad_out.contiguous(), grad_lse.contiguous())
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    run((query, key, value), index, saved, grads, scale)
+    return grads[0] * factor if factor != 1.0 else grads[0], grads[1], grads[2]
+
+
+def _plan_region_mean(x: Tensor, region: Sequence[int]) -> tuple[Launch, tuple[int, ...]]:
+    B, H, W, C = x.shape
+    rh, rw = region
+    regions = (H // rh) * (W // rw)
+    block_c = min(triton.next_power_of_2(C), 128)
+    block_t = min(64, triton.next_power_of_2(rh * rw))
+    block_r = max(1, 64 // block_t)
+    grid = B * triton.cdiv(regions, block_r), triton.cdiv(C, block_c)
+    integers = (*x.stride()[:3], C, regions, W // rw, rh, rw)
+    blocks = dict(LOG2_RW=_log2(rw), BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c)
+    return Launch(kernels_tables.region_mean_kernel, grid, integers, blocks), (B, regions, C)
 
 
 def region_mean(x: Tensor, region: Sequence[int]) -> Tensor:
     """``visionattn::region_mean`` on the device."""
     x = _rows(x)
-    B, H, W, C = x.shape
-    rh, rw = region
-    regions = (H // rh) * (W // rw)
-    out = torch.empty((B, regions, C), dtype=torch.float32, device=x.device)
-    block_c = min(triton.next_power_of_2(C), 128)
-    kernels_tables.region_mean_kernel[(B * regions, triton.cdiv(C, block_c))](
-        x, out, *x.stride()[:3], C, regions, W // rw, rh, rw,
-        LOG2_RW=_log2(rw), BLOCK_T=min(64, triton.next_power_of_2(rh * rw)), BLOCK_C=block_c,
-    )  # fmt: skip
+    name = ("mean", layout(x), *region)
+    run, shape = _table_plans.get(name) or _table_plans.keep(name, _plan_region_mean(x, region))
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    run(x, out)
     return out
 
 
@@ -253,14 +335,24 @@ def serves_topk(query: Tensor, key: Tensor) -> bool:
     return key.shape[-2] <= 256 and query.numel() > 0 and query.dtype != torch.float64
 
 
+def _plan_topk(query: Tensor, key: Tensor, topk: int) -> Launch:
+    (batch, P, C), PK = query.shape, key.shape[1]
+    integers = (*query.stride()[:2], *key.stride()[:2], C, P, PK, topk)
+    if PK <= 64:
+        blocks = dict(BLOCK_P=4, BLOCK_PK=max(16, triton.next_power_of_2(PK)), BLOCK_C=32)
+        return Launch(kernels_tables.rank_kernel, (triton.cdiv(P, 4), batch), integers, blocks)
+    blocks = dict(BLOCK_P=16, BLOCK_PK=triton.next_power_of_2(PK), BLOCK_C=max(16, min(64, triton.next_power_of_2(C))))
+    return Launch(kernels_tables.topk_kernel, (triton.cdiv(P, 16), batch), integers, blocks)
+
+
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
     """``visionattn::topk_regions`` on the device."""
     heads = query.shape[1] if query.dim() == 4 else 1
-    query, key = (_rows(x.float()).flatten(0, -3) for x in (query, key))
-    P, PK = query.shape[1], key.shape[1]
-    index = torch.empty((query.shape[0] // heads, heads, P, topk), dtype=torch.int32, device=query.device)
-    kernels_tables.topk_kernel[(triton.cdiv(P, 16), query.shape[0])](
-        query, key, index, *query.stride()[:2], *key.stride()[:2], query.shape[2], P, PK, topk,
-        BLOCK_P=16, BLOCK_PK=_block(PK, 256), BLOCK_C=_block(query.shape[2], 64),
-    )  # fmt: skip
+    query, key = (_rows(x.float()) for x in (query, key))
+    if query.dim() == 4:
+        query, key = query.flatten(0, 1), key.flatten(0, 1)
+    name = ("topk", layout(query), layout(key), topk)
+    run = _table_plans.get(name) or _table_plans.keep(name, _plan_topk(query, key, topk))
+    index = torch.empty((query.shape[0] // heads, heads, query.shape[1], topk), dtype=torch.int32, device=query.device)
+    run(query, key, index)
     return index

@@ -1,0 +1,106 @@
+"""Tile sizes of the routed kernels: measured ones where there are some, a rule elsewhere, a search on request.
+
+With ``VISIONATTN_AUTOTUNE=1`` in the environment the first call of every shape tries a handful of tiles on its own
+tensors (a second or two of compilation each), keeps the fastest for the rest of the process, and reports it to the
+logger ``visionattn``.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from visionattn.ops._launch import Launch
+
+logger = logging.getLogger("visionattn")
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile of scores, its warps, stages of its loads, and most registers a thread."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# (kernel, head dim at most, bytes of a number, compute capability's first digit, columns at least): tile. Measured on
+# an H100. 64 rows are the smallest tile of Hopper's matrix instructions for a whole group of four warps.
+_TUNED = {
+    ("forward", 32, 2, 9, 512): Tile(64, 128, 4, 2, 128),
+    ("query_grad", 32, 2, 9, 512): Tile(64, 64, 4, 3),
+    ("dense_forward", 32, 2, 9, 0): Tile(64, 64, 4, 1, 128),
+    ("dense_query_grad", 32, 2, 9, 0): Tile(64, 64, 4, 1, 128),
+    ("dense_key_grad", 32, 2, 9, 0): Tile(64, 64, 4, 2, 128),
+}
+
+
+def _block(n: int, largest: int) -> int:
+    return min(largest, max(16, triton.next_power_of_2(n)))
+
+
+def _rule(kernel: str, rows: int, columns: int) -> Tile:
+    """Four warps for 64 x 64 scores, fewer for less, no pipeline for walks of about a step."""
+    if kernel == "query_grad" and rows <= 16:
+        columns = min(columns, 32)
+    if kernel == "key_grad" and columns <= 16:
+        rows = min(rows, 32)
+    m, n = _block(rows, 64), _block(columns, 64)
+    stages = 1 if kernel == "one_pass" or (kernel == "forward" and n >= columns) or kernel.startswith("dense_q") else 2
+    return Tile(m, n, max(1, min(4, m * n // 1024)), stages)
+
+
+def choose(kernel: str, rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """Tile for ``rows`` query and ``columns`` key rows, of which the kernel holds one kind and walks over the other."""
+    rule = _rule(kernel, rows, columns)
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    for (name, dim, size, digit, least), tile in _TUNED.items():
+        fits = rows >= tile.rows and columns >= max(least, tile.columns)
+        if (name, size, digit) == (kernel, dtype.itemsize, major) and head_dim <= dim and fits:
+            return tile
+    return rule
+
+
+def candidates(tile: Tile) -> list[Tile]:
+    """Tiles to try in a search around ``tile``, itself first."""
+    found = [tile]
+    for rows in {max(16, tile.rows // 2), tile.rows, 2 * tile.rows}:
+        for columns in {max(16, tile.columns // 2), tile.columns, 2 * tile.columns}:
+            for warps in {max(1, tile.warps // 2), tile.warps}:
+                found.append(Tile(rows, columns, warps, tile.stages))
+    found += [tile._replace(stages=stages) for stages in (1, 2, 3)] + [tile._replace(registers=128)]
+    return list(dict.fromkeys(found))
+
+
+class Search:
+    """Stands for a ``Launch``: the first call times that of every tile, later ones take the fastest."""
+
+    def __init__(self, kernel: str, tiles: list[Tile], prepare: Callable[[Tile], Launch]):
+        self._kernel, self._tiles, self._prepare = kernel, tiles, prepare
+        self._best: Launch | None = None
+
+    def __call__(self, *args: Any) -> None:
+        """Launch with ``args``; kernels write only results, so that running several does no harm."""
+        if self._best is None:
+            times: dict[Tile, float] = {}
+            launches: dict[Tile, Launch] = {}
+            for tile in self._tiles:
+                launch = self._prepare(tile)
+                try:
+                    times[tile] = triton.testing.do_bench(lambda run=launch: run(*args), warmup=5, rep=20)
+                except triton.runtime.errors.OutOfResources:  # too large for this GPU
+                    continue
+                launches[tile] = launch
+            best = min(times, key=lambda tile: times[tile])
+            logger.info("%s: fastest of %d is %s, %.3f ms", self._kernel, len(times), best, times[best])
+            self._best = launches[best]
+        self._best(*args)
+
+
+def searching(device: torch.device) -> bool:
+    """Whether tiles are to be searched for."""
+    return os.environ.get("VISIONATTN_AUTOTUNE") == "1" and device.type == "cuda"
