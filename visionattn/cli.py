@@ -1,6 +1,7 @@
 """The command ``visionattn``."""
 
 import argparse
+import ast
 import json
 import sys
 from importlib.util import find_spec
@@ -106,26 +107,42 @@ def convert_command(args: argparse.Namespace) -> None:
     print(f"{path}, entered in {path.with_name('index.csv')}")
 
 
+_SAME_NAME = ("rounds", "device", "dtype", "autocast", "channels_last", "compile", "cuda_graph")  # options and settings
+
+
 def benchmark_command(args: argparse.Namespace) -> None:
     """Time models, attention layers or operators side by side."""
     import torch
 
     if bool(args.models) + (args.attention is not None) + args.ops != 1:
         raise ValueError("give either names of models or --attention SIDE or --ops")
+    output = Path(args.output) if args.output else None
     if args.ops:
         from visionattn.tasks.benchmark_ops import FORMS, benchmark_ops
 
-        print(benchmark_ops(Path(args.output) if args.output else None, list(FORMS), args.rounds))
+        print(benchmark_ops(output, args.forms.split(",") if args.forms else list(FORMS), args.rounds))
         return
-    from visionattn.tasks.benchmark import benchmark_attention, benchmark_models
-
     if args.threads:
         torch.set_num_threads(args.threads)
-    common = (args.batch, args.rounds, args.device, args.dtype)
-    if args.attention is not None:
-        print(benchmark_attention(args.attention, args.dim, args.heads, *common))
-    else:
-        print(benchmark_models(args.models, common[0], args.size, *common[1:]))
+    from visionattn.tasks.benchmark_models import Settings, benchmark_models
+
+    size = args.input_size or []
+    if len(size) > 2:
+        raise ValueError(f"--input-size {' '.join(map(str, size))}: expected a side, or a height and a width")
+    settings = Settings(
+        modes=tuple(args.modes.split(",")),
+        batch=args.batch_size,
+        size=(size[0], size[-1]) if size else None,
+        model_kwargs=dict(args.model_kwargs),
+        **{key: getattr(args, key) for key in _SAME_NAME},
+    )
+    if args.models:
+        print(benchmark_models(args.models, settings, output))
+        return
+    from visionattn.tasks.benchmark import benchmark_attention
+
+    shape = args.attention, args.dim, args.heads
+    print(benchmark_attention(*shape, settings.batch, settings.rounds, settings.device, settings.dtype))
 
 
 def _add_training(commands: Any) -> None:
@@ -170,31 +187,53 @@ def _add_using(commands: Any) -> None:
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
     command.add_argument("--output", default="prediction.png", help="picture to write (default prediction.png)")
     command.set_defaults(run=predict_command)
-    command = commands.add_parser(
-        "benchmark",
-        help="time models or attention layers side by side",
-        description="visionattn benchmark davit_t davit_tiny patnet_t2:folded fasternet_t2 --threads 2; "
-        "or visionattn benchmark --attention 14 --batch 16; or visionattn benchmark --ops",
-    )
-    command.add_argument("models", nargs="*", metavar="MODEL[:folded]", help="names of timm or this package")
-    command.add_argument("--attention", type=int, metavar="SIDE", help="HiLo and its peers on maps of this side")
-    command.add_argument("--ops", action="store_true", help="routed attention and its peers on a CUDA device")
-    command.add_argument("--output", help="with --ops: CSV file to append to")
-    command.add_argument("--dim", type=int, default=384, help="channels of the maps (default 384)")
-    command.add_argument("--heads", type=int, default=12, help="attention heads (default 12)")
-    command.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
-    command.add_argument("--size", type=int, help="side of the images (default: each model's own)")
-    command.add_argument("--rounds", type=int, default=30, help="times that each is called (default 30)")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    command.set_defaults(run=benchmark_command)
     command = commands.add_parser("convert", help="turn an official checkpoint into safetensors, with its digests")
     command.add_argument("model", help="timm name, with or without a tag: biformer_s.in1k")
     command.add_argument("file", help="official .pth or .safetensors file")
     command.add_argument("--folder", default="checkpoints", help="where file and index.csv go (default checkpoints)")
     command.add_argument("--url", help="where the file came from, for the index")
     command.set_defaults(run=convert_command)
+
+
+def _keyword(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` with a Python literal or a word for the value."""
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _add_benchmark(commands: Any) -> None:
+    command = commands.add_parser(
+        "benchmark",
+        help="time models, attention layers or operators side by side",
+        description="visionattn benchmark davit_t davit_tiny patnet_t2:folded fasternet_t2 --threads 2; "
+        "or visionattn benchmark --attention 14 --batch-size 16; or visionattn benchmark --ops",
+    )
+    add, switch = command.add_argument, argparse.BooleanOptionalAction
+    add("models", nargs="*", metavar="MODEL[:folded]", help="names of timm or this package")
+    add("--attention", type=int, metavar="SIDE", help="HiLo and its peers on maps of this side")
+    add("--ops", action="store_true", help="routed attention and its peers on a CUDA device")
+    add("--forms", metavar="A,B", help="with --ops: only these of visionattn,gather,dense SDPA,flex_attention")
+    add("--output", help="with models or --ops: CSV file to append to")
+    add("--dim", type=int, default=384, help="with --attention: channels of the maps (default 384)")
+    add("--heads", type=int, default=12, help="with --attention: attention heads (default 12)")
+    add("--batch-size", "--batch", type=int, default=1, help="images at once (default 1)")
+    add("--input-size", "--size", type=int, nargs="+", metavar="N", help="side, or height and width, of the images")
+    add("--modes", default="inference", help="some of inference,training,features (default inference)")
+    add("--rounds", type=int, default=30, help="times that each is called (default 30)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--autocast", action=switch, default=True, help="autocast to the type, or weights and images of it")
+    add("--channels-last", action=switch, help="memory format (default: only on a CUDA device)")
+    add("--compile", action="store_true", help="through torch.compile")
+    add("--cuda-graph", action="store_true", help="replay inference from a CUDA graph")
+    add("--model-kwargs", type=_keyword, nargs="+", default=[], metavar="NAME=VALUE", help="arguments of every model")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    command.set_defaults(run=benchmark_command)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,9 +243,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     _add_training(commands)
     _add_using(commands)
+    _add_benchmark(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives positional arguments that stand behind an option back as unknown
-    listed = next((name for name in ("arguments", "overrides", "images") if hasattr(args, name)), None)
+    listed = next((name for name in ("arguments", "overrides", "images", "models") if hasattr(args, name)), None)
     if rest and (listed is None or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if listed:

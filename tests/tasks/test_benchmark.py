@@ -1,46 +1,177 @@
 """Timing of models and attention layers."""
 
+import csv
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from visionattn.cli import main
-from visionattn.tasks.benchmark import times_in_turn
+from visionattn.tasks import benchmark_models
+from visionattn.tasks.benchmark_models import COLUMNS, Settings
+from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
+from visionattn.tasks.timing import times_in_turn
+
+
+def benchmark(*arguments):
+    main(["benchmark", *arguments])
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_rows(text):
+    return [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("| `")]
 
 
 def test_calls_take_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = times_in_turn(calls, 3, "cpu")
-    assert order == list("ab") * 5 and {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert order == list("ab") * 8 and {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
-def rows(text):
-    return re.findall(r"^\| `(.+?)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+# models
 
 
 def test_models_are_timed_side_by_side(capsys):
-    main(["benchmark", "test_patnet", "test_patnet:folded", "test_ninformer", "--rounds", "2", "--batch", "3"])
+    benchmark("test_patnet", "test_patnet:folded", "test_ninformer", "--rounds", "2", "--batch", "3")
     output = capsys.readouterr().out
-    found = rows(output)
-    assert [row[0] for row in found] == ["test_patnet", "test_patnet:folded", "test_ninformer"]
-    median, fastest, rate, ratio = map(float, found[0][1:])
+    found = table_rows(output)
+    assert [row[0] for row in found] == ["`test_patnet`", "`test_patnet:folded`", "`test_ninformer`"]
+    median, fastest, rate, ratio, single = map(float, found[0][3:8])
     assert ratio == 1 and fastest <= median and rate == pytest.approx(3000 / median, rel=0.05)
+    assert 0 < single < median * 2
     assert "Batch 3" in output and "PyTorch" in output
 
 
+def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys):
+    path = tmp_path / "new" / "models.csv"
+    modes = "--modes", "inference,training,features", "--rounds", "1", "--batch-size", "2", "--output", str(path)
+    benchmark("test_overlock", *modes, "--model-kwargs", "num_classes=7", "--input-size", "64", "96")
+    rows = read(path)
+    assert list(rows[0]) == [*COLUMNS, *ORIGIN]
+    assert [row["mode"] for row in rows] == ["inference", "training", "features"]
+    for row in rows:
+        assert float(row["images_per_s"]) == pytest.approx(2000 / float(row["median_ms"]), rel=1e-3)
+        assert (row["height"], row["width"], row["model_kwargs"], row["peak_gib"]) == ("64", "96", "num_classes=7", "")
+        assert row["torch"] == torch.__version__ and float(row["parameters_m"]) > 0
+        trained = row["mode"] == "training"  # a step is timed for the whole batch only, and has no count of operations
+        assert (row["one_image_ms"] == "", row["gmacs"] == "") == (trained, trained)
+    benchmark("test_nat", "--rounds", "1", "--output", str(path))
+    assert len(read(path)) == 4 and path.read_text().count("median_ms") == 1
+    assert len(table_rows(capsys.readouterr().out)) == 4
+
+
+def test_a_training_step_changes_the_weights():
+    settings = Settings(modes=("training",), batch=2)
+    model, shape = benchmark_models._create("test_nat", "training", settings)
+    before = [p.clone() for p in model.parameters()]
+    benchmark_models._step(model, "training", torch.randn(2, *shape), settings)()
+    assert model.training and any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_type_format_and_compilation_reach_the_model(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
+    settings = Settings(dtype="bf16", autocast=False, channels_last=True, compile=True, batch=2)
+    assert settings.weights_dtype == torch.bfloat16 and not settings.cast()._enabled
+    model, _ = benchmark_models._create("test_patnet", "inference", settings)
+    weights = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert weights and all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    steps, _ = benchmark_models._prepare("test_patnet", "inference", settings)
+    assert compiled == [dict(dynamic=False)] and steps[1]().dtype == torch.bfloat16 and steps[2]().shape[0] == 2
+
+
+def test_autocast_keeps_the_weights():
+    settings = Settings(dtype="bf16")
+    model, shape = benchmark_models._create("test_patnet", "inference", settings)
+    output = benchmark_models._step(model, "inference", torch.randn(1, *shape), settings)()
+    assert next(model.parameters()).dtype == torch.float32 and output.dtype == torch.bfloat16
+
+
+def test_models_of_a_fixed_size_are_made_for_the_size():
+    kept = benchmark_models._create("test_vit", "inference", Settings())[1]
+    model, shape = benchmark_models._create("test_vit", "inference", Settings(size=(96, 128)))
+    assert shape == (3, 96, 128) != kept and model(torch.zeros(1, *shape)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either names of models or --attention"),
+        (["test_nat", "--attention", "7"], "either names of models or --attention"),
+        (["nat_x"], "unknown model 'nat_x'; did you mean"),
+        (["test_nat", "--modes", "inference,drawing"], "unknown mode 'drawing'; choose of inference,training,features"),
+        (["test_nat", "--input-size", "1", "2", "3"], "expected a side, or a height and a width"),
+        (["test_nat", "--batch-size", "0"], "batch 0"),
+        (["test_nat", "--cuda-graph"], "--cuda-graph needs --device cuda"),
+        (["test_patnet:folded", "--modes", "training"], "leave out :folded for training"),
+        (["test_nat", "--model-kwargs", "n_wim=16"], "test_nat does not take {'n_wim': 16}"),
+        (["test_vit", "--size", "100"], r"test_vit cannot do inference of 1 images of \(3, 100, 100\): .*divisible"),
+    ],
+)
+def test_what_cannot_be_timed_is_named(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark(*arguments, "--rounds", "1") if arguments else benchmark()
+
+
+@pytest.mark.parametrize("arguments", [["test_nat", "--device", "cuda"], ["--ops"]])
+def test_a_missing_device_is_named(arguments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="CUDA device"):
+        benchmark(*arguments)
+
+
+def test_an_argument_of_no_form_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark("test_nat", "--model-kwargs", "depth")
+    assert "'depth' is not of the form NAME=VALUE" in capsys.readouterr().err
+
+
+def test_the_tool_is_the_command():
+    tool = Path(__file__).parents[2] / "tools" / "benchmark_models.py"
+    result = subprocess.run([sys.executable, tool, "--rounds", "1", "nat_x"], capture_output=True, text=True)
+    assert result.returncode == 1 and "unknown model 'nat_x'" in result.stderr
+
+
+# layers
+
+
 def test_attention_layers_are_timed_side_by_side(capsys):
-    main(["benchmark", "--attention", "14", "--dim", "48", "--heads", "4", "--rounds", "1"])
-    names = [row[0] for row in rows(capsys.readouterr().out)]
-    assert names == ["windows of 7", "HiLo, alpha 0.9", "HiLo, alpha 0.5", "spatial reduction by 2", "whole map"]
+    benchmark("--attention", "14", "--dim", "48", "--heads", "4", "--rounds", "1")
+    names = [row[0] for row in table_rows(capsys.readouterr().out)]
+    peers = ["windows of 7", "HiLo, alpha 0.9", "HiLo, alpha 0.5", "spatial reduction by 2", "whole map"]
+    assert names == [f"`{name}`" for name in peers]
 
 
-@pytest.mark.parametrize("arguments", [[], ["test_nat", "--attention", "7"]])
-def test_neither_or_both_is_refused(arguments):
-    with pytest.raises(SystemExit, match="either names of models or --attention"):
-        main(["benchmark", *arguments])
+# records
 
 
-def test_unknown_model_is_named():
-    with pytest.raises(SystemExit, match="unknown model 'nat_x'; did you mean"):
-        main(["benchmark", "nat_x"])
+def test_a_file_of_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other.csv has the columns a,b, .*choose another --output"):
+        CsvFile(path, ("a", "c"))
+    with pytest.raises(ValueError, match="is a folder"):
+        CsvFile(tmp_path, ("a",))
+    CsvFile(path, ("a", "b")).append(dict(a=3))
+    assert path.read_text() == "a,b\n1,2\n3,\n"
+    with pytest.raises(ValueError, match="'c'"):
+        CsvFile(path, ("a", "b")).append(dict(c=3))
+
+
+def test_origin_names_versions_and_commit():
+    found = origin("cpu")
+    assert tuple(found) == ORIGIN and found["device"].endswith("CPU threads") and found["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{7,}|unknown", found["commit"]) and re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+
+
+def test_markdown():
+    assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n|---|---|\n| 1 | 2 |"

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
+from visionattn.tasks.benchmark_models import macs
 from visionattn.tasks.checkpoints import full_name, read_index
 from visionattn.tasks.config import write_text
 
@@ -43,13 +42,6 @@ def verified_top1(name: str, folder: Path) -> float | None:
     listed = result["checkpoint_sha256"] in (row.get("sha256"), row.get("source_sha256"))
     known = whole and not result["skipped"] and bool(result["checkpoint_sha256"]) and listed
     return float(result["top1"]) if known else None
-
-
-def macs(model: torch.nn.Module, size: tuple[int, int, int]) -> float:
-    """Multiply-adds of the convolutions, products and attention for one image ``[C, H, W]``; model on ``meta``."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, *size, device="meta"))
-    return counter.get_total_flops() / 2
 
 
 def _agreement(folder: Path) -> dict[str, float]:
