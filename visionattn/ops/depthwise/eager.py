@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.ops._dispatch import use_triton
@@ -56,7 +57,7 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2).to(grad.dtype)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     with torch.autocast(x.device.type, enabled=False):
-        dweight = torch.nn.grad.conv2d_weight(x, list(weight.shape), grad, padding=padding, groups=weight.shape[0])
+        dweight = conv2d_weight(x, list(weight.shape), grad, padding=padding, groups=weight.shape[0])
     dbias = weight.new_empty(0) if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
     return dweight.to(weight.dtype).contiguous(), dbias
 

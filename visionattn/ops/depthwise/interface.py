@@ -34,8 +34,9 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, residu
         residual: Added to the result, shape of ``x``, any strides; it may be ``x`` itself.
 
     Returns:
-        ``[B, H, W, C]`` in the dtype of ``x`` (under autocast its dtype), promoted with that of the residual. The kernels
-        (float32, float16 and bfloat16 on a GPU, sides up to 7) sum in float32, round once and give a contiguous map.
+        ``[B, H, W, C]`` in the dtype of ``x`` (under autocast its dtype), promoted with that of the residual. The
+        kernels (float32, float16 and bfloat16 on a GPU, sides up to 7) sum in float32, round once and give a contiguous
+        map.
 
     Raises:
         ValueError: Shapes that do not fit together, or an even side of the kernel.
