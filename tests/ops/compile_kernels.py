@@ -11,6 +11,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from visionattn.ops import kernels_sums
+from visionattn.ops.depthwise import kernels_depthwise
+from visionattn.ops.depthwise import launch as depthwise
+from visionattn.ops.norm import kernels_norm
+from visionattn.ops.norm import launch as norm
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, launch
 
 found = {}
@@ -44,16 +49,15 @@ class Recorder:
                 attrs[(self.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
         signature = {name: signature[name] for name in self.kernel.arg_names}
         source = ASTSource(self.kernel, signature, constants, attrs)
-        built = triton.compile(source, target=self.target, options=dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg))
-        found[f"{self.name} {constants.get('HEADS', '')} {constants.get('PRECISION', '')}"] = built.metadata.shared
+        options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+        built = triton.compile(source, target=self.target, options=options)
+        family = self.kernel.__module__.rsplit(".", 1)[1].removeprefix("kernels_")
+        label = f"{family}.{self.name} {' '.join(str(v) for v in constants.values())}"
+        found[label] = max(found.get(label, 0), built.metadata.shared)
 
 
-def run(capability):
-    """Call the launching code with tensors of the published shapes and kernels that only compile."""
-    target = GPUTarget("cuda", capability, 32)
-    for module in (kernels_dense, kernels_listed, kernels_tables):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Recorder(name, getattr(module, name), target))
+def routing():
+    """Routed attention and the steps around it."""
     stages = [(56, 2, 8, 1, torch.bfloat16), (28, 4, 4, 4, torch.bfloat16), (14, 8, 2, 16, torch.float32)]
     for side, heads, region, topk, dtype in stages:
         q, k, v = (torch.empty(1, side, side, heads, 32, dtype=dtype) for _ in range(3))
@@ -63,6 +67,41 @@ def run(capability):
         launch.backward(out, lse, q, k, v, index, out, lse, *rest[1:])
     launch.region_mean(torch.empty(1, 56, 56, 64), (8, 8))
     launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
+
+
+def norms():
+    """Layer norm alone and behind an addition, in training and inference."""
+    for shape, dtype in (((1, 56, 56, 64), torch.bfloat16), ((2, 7, 96), torch.float16), ((9, 1000), torch.float32)):
+        x, weight = torch.empty(shape, dtype=dtype), torch.empty(shape[-1])
+        for delta in (None, x):
+            norm.forward(x, delta, weight, weight, 1e-6, dtype, save=False)
+            _, out, saved = norm.forward(x, delta, weight, weight, 1e-6, dtype, save=True)
+            norm.backward(out, delta, saved, weight, weight, partial=delta is not None)
+
+
+def depthwise_convolutions():
+    """A position convolution on its own input, and one of a packed projection's values."""
+    for side, C, kernel, dtype in (
+        (56, 64, 3, torch.bfloat16),
+        (14, 256, 5, torch.bfloat16),
+        (7, 10, 7, torch.float32),
+    ):
+        packed = torch.empty(2, side, side, 3 * C, dtype=dtype)
+        weight, x = torch.empty(C, 1, kernel, kernel), packed[..., 2 * C :]
+        out = depthwise.forward(x, weight, torch.empty(C), packed[..., :C].contiguous())
+        depthwise.forward(out, weight, None, out, flip=True)
+        depthwise.weight_grad(out, x, weight, torch.empty(C))
+
+
+def run(capability):
+    """Call the launching code with tensors of the published shapes and kernels that only compile."""
+    target = GPUTarget("cuda", capability, 32)
+    for module in (kernels_dense, kernels_depthwise, kernels_listed, kernels_norm, kernels_sums, kernels_tables):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, Recorder(name, getattr(module, name), target))
+    routing()
+    norms()
+    depthwise_convolutions()
 
 
 run(int(sys.argv[1]))

@@ -1,5 +1,6 @@
 """Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
+from visionattn.layers.channels_last import ChannelsLast, add_normalize, convolve, normalize
 from visionattn.layers.context_mixing import ContextMixing
 from visionattn.layers.deformable_patches import DeformablePatches
 from visionattn.layers.dilated_reparam import DilatedReparamConv
@@ -13,6 +14,7 @@ from visionattn.layers.windows import (
 )
 
 __all__ = [
+    "ChannelsLast",
     "ContextMixing",
     "DeformablePatches",
     "DilatedReparamConv",
@@ -21,5 +23,8 @@ __all__ = [
     "ResidualDepthwiseConv",
     "RoutingAttention",
     "WindowAttention",
+    "add_normalize",
+    "convolve",
     "multi_head_attention",
+    "normalize",
 ]

@@ -4,6 +4,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from visionattn.layers.channels_last import convolve
 from visionattn.ops import crop, pad_to_multiple, region_mean, routed_attention, topk_regions
 
 
@@ -71,15 +72,21 @@ class RoutingAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.num_regions)
         B, H, W, C = x.shape
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x)
+        q, k, v = qkv.chunk(3, dim=-1)
         region = (H // self.num_regions, W // self.num_regions)
         # the ranking needs no scale: a positive factor changes no order
-        index = topk_regions(region_mean(q.detach(), region), region_mean(k.detach(), region), self.topk)
+        q_mean, k_mean = region_mean(qkv[..., : 2 * C].detach(), region).chunk(2, dim=-1)
+        index = topk_regions(q_mean, k_mean, self.topk)
         heads = (B, H, W, self.num_heads, C // self.num_heads)
         out, _ = routed_attention(q.view(heads), k.view(heads), v.view(heads), index, region, scale=self.scale)
-        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = out.view(B, H, W, C)
+        if torch.jit.is_scripting():
+            out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            out = convolve(self.lepe, v, residual=out)
         # the projection works pixel by pixel, so cropping first gives the same for less
-        return self.proj(crop(out.view(B, H, W, C) + lepe, height, width))
+        return self.proj(crop(out, height, width))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_regions={self.num_regions}, topk={self.topk}"

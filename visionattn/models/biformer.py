@@ -18,7 +18,7 @@ from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visionattn.layers import RoutingAttention
+from visionattn.layers import ChannelsLast, RoutingAttention, add_normalize, convolve, normalize
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
@@ -42,7 +42,11 @@ class DenseAttention(nn.Module):
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, H*W, head_dim]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
-        return self.proj(out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        if torch.jit.is_scripting():
+            out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            out = convolve(self.lepe, x, residual=out)
+        return self.proj(out)
 
 
 class BiFormerBlock(nn.Module):
@@ -82,6 +86,16 @@ class BiFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_modules(x)
+        x = x.permute(0, 2, 3, 1)
+        if self.pos_embed is not None:
+            x = convolve(self.pos_embed, x, residual=x)
+        x, normed = add_normalize(self.norm2, x, self.drop_path(self.attn(normalize(self.norm1, x))))
+        return (x + self.drop_path(self.mlp(normed))).permute(0, 3, 1, 2)
+
+    def _forward_modules(self, x: Tensor) -> Tensor:
+        """The same with every module called, for TorchScript."""
         if self.pos_embed is not None:
             x = x + self.pos_embed(x)
         x = x.permute(0, 2, 3, 1)
@@ -154,9 +168,9 @@ class BiFormer(PyramidBackbone):
         self.apply(_init_weights)
 
 
-def conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
+def conv_stem(in_chans: int, dim: int, **dd: Any) -> ChannelsLast:
     """Two overlapping convolutions to stride 4."""
-    return nn.Sequential(
+    return ChannelsLast(
         nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
         nn.BatchNorm2d(dim // 2, **dd),
         nn.GELU(),
@@ -170,9 +184,9 @@ def conv_downsample(in_dim: int, dim: int, **dd: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(dim, **dd))
 
 
-def patch_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
+def patch_stem(in_chans: int, dim: int, **dd: Any) -> ChannelsLast:
     """4 x 4 patches."""
-    return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
+    return ChannelsLast(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
 
 
 def patch_merging(in_dim: int, dim: int, **dd: Any) -> nn.Sequential:

@@ -10,7 +10,6 @@ The choice comes from the environment variable ``VISIONATTN_BACKEND`` and can be
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,14 +52,35 @@ def use_reference() -> bool:
     return _backend == "reference" or torch.onnx.is_in_onnx_export()
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether the Triton kernels must run for ``x``, if there are any for its shape and dtype."""
-    return _backend == "triton" or (_backend == "auto" and x.is_cuda and _has_triton())
+    return _backend == "triton" or (_backend == "auto" and x.is_cuda and _HAS_TRITON)
+
+
+def launches(x: torch.Tensor) -> bool:
+    """Whether a kernel for ``x`` may be launched here and now, without PyTorch's dispatcher.
+
+    Not where something watches or transforms the calls: a compiler, a tracer, ``torch.func``, a dispatch mode.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and use_triton(x)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast wants an operator on ``x``: ``x.dtype`` where it is off, or for float64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def register_autocast(op: Any, tensors: int) -> None:

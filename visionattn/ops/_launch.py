@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from visionattn.ops import kernels_sums
+
 
 class Launch:
     """One kernel with everything that does not change between calls of the same shapes, strides and dtypes.
@@ -84,3 +86,29 @@ class Plans(dict[Any, Any]):
 def layout(x: Tensor) -> tuple[Any, ...]:
     """What of a tensor a prepared launch depends on, alignment aside."""
     return x.shape, x.stride(), x.dtype, x.device
+
+
+_sums = Plans()
+
+
+def sum_programs(partial: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a weight and a bias from the sums that the programs of a kernel found.
+
+    Args:
+        partial: float32 ``[programs, taps + 1, C]``; the last row is that of the bias.
+        weight: The weight, ``[C, ...]`` with ``taps`` values a channel.
+        bias: The bias ``[C]``, if its gradient is wanted.
+
+    Returns:
+        Both gradients, in shape and dtype of their parameters. The order of summation is always the same.
+    """
+    programs, rows, C = partial.shape
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = None if bias is None else torch.empty_like(bias)
+    key = partial.shape, weight.dtype, None if bias is None else bias.dtype, partial.device
+    launch = _sums.get(key)
+    if launch is None:
+        constants = dict(TAPS=rows - 1, BIAS=bias is not None, BLOCK_N=128, BLOCK_C=32)
+        launch = _sums.keep(key, Launch(kernels_sums.sum_kernel, (rows, triton.cdiv(C, 32)), (programs, C), constants))
+    launch(partial, dweight, dweight if dbias is None else dbias)
+    return dweight, dbias

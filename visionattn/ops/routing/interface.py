@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import use_reference
-from visionattn.ops.routing import eager, reference
+from visionattn.ops.routing import direct, eager, reference
 
 
 def _check_region(name: str, region: tuple[int, int], H: int, W: int) -> None:
@@ -37,7 +37,8 @@ def region_mean(x: Tensor, region: tuple[int, int]) -> Tensor:
         _check_region("region", region, x.shape[1], x.shape[2])
     if use_reference():
         return reference.region_mean(x, region)
-    return torch.ops.visionattn.region_mean(x, region)
+    out = None if torch.compiler.is_compiling() else direct.region_mean(x, region)
+    return out if out is not None else torch.ops.visionattn.region_mean(x, region)
 
 
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
@@ -74,7 +75,8 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
             with torch.autocast(query.device.type, enabled=False):
                 return reference.topk_regions(query, key, topk)
         return reference.topk_regions(query, key, topk)
-    return torch.ops.visionattn.topk_regions(query, key, topk)
+    index = None if torch.compiler.is_compiling() else direct.topk_regions(query, key, topk)
+    return index if index is not None else torch.ops.visionattn.topk_regions(query, key, topk)
 
 
 def _check_attention(
@@ -146,4 +148,8 @@ def routed_attention(
         if not torch.compiler.is_compiling():
             eager.check_table(index, (key.shape[1] // kv_region[0]) * (key.shape[2] // kv_region[1]))
         return reference.routed_attention(query, key, value, index, q_region, kv_region, scale)
+    if not torch.compiler.is_compiling():
+        result = direct.routed_attention(query, key, value, index, q_region, kv_region, scale)
+        if result is not None:
+            return result
     return torch.ops.visionattn.routed_attention(query, key, value, index, q_region, kv_region, scale)

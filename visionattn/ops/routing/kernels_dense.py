@@ -153,7 +153,7 @@ def dense_query_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr,
     LOG2_T: tl.constexpr, LOG2_TK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LSE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of all queries of one image and head, and their ``delta = sum(out * grad_out) - grad_lse``."""
     head, batch = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
@@ -182,7 +182,9 @@ def dense_query_grad_kernel(
         do = tl.load(do_ptr + where, mask=mask, other=0.0)
         out = tl.load(out_ptr + where, mask=mask, other=0.0)
         row = plane + pixels
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=inside, other=0.0)
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+        if LSE_GRAD:
+            delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
         tl.store(delta_ptr + row, delta, mask=inside)
         lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0

@@ -155,7 +155,7 @@ def query_grad_kernel(
     H, W, regions, rh, rw, key_regions, kh, kw, K, tiles,
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
-    LOG2_TK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
+    LOG2_TK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr, LSE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``BLOCK_M`` query rows, and their ``delta = sum(out * grad_out) - grad_lse`` for the keys' gradient.
 
@@ -173,7 +173,9 @@ def query_grad_kernel(
     do = tl.load(do_ptr + where, mask=mask, other=0.0)
     out = tl.load(out_ptr + where, mask=mask, other=0.0)
     row = (batch * HEADS + head) * (H * W) + pixels
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1) - tl.load(dlse_ptr + row, mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if LSE_GRAD:
+        delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
     tl.store(delta_ptr + row, delta, mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0
@@ -251,7 +253,7 @@ def key_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
     LOG2_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
-    ONE_PASS: tl.constexpr, FULL: tl.constexpr,
+    ONE_PASS: tl.constexpr, FULL: tl.constexpr, LSE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BLOCK_N`` key and value rows of one region and head.
 
@@ -298,7 +300,8 @@ def key_grad_kernel(
         if ONE_PASS:
             out = tl.load(out_ptr + where, mask=mask, other=0.0)
             delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-            delta -= tl.load(dlse_ptr + pixels, mask=inside, other=0.0)
+            if LSE_GRAD:
+                delta -= tl.load(dlse_ptr + pixels, mask=inside, other=0.0)
             lse = tl.load(lse_ptr + pixels, mask=inside, other=float("inf")) * LOG2_E
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
         else:

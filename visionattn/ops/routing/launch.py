@@ -214,12 +214,12 @@ class _Saved(NamedTuple):
     out: Tensor
     lse: Tensor
     grad_out: Tensor
-    grad_lse: Tensor
+    grad_lse: Tensor  # anything where there is none
 
 
-def _plan_backward(s: _Shape) -> Callable[..., None]:
+def _plan_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
     if s.dense:
-        return _plan_dense_backward(s)
+        return _plan_dense_backward(s, lse_grad)
     one_pass = s.K == 1 and s.tile("one_pass", s.T, s.TK).columns >= s.TK
     met = s.T * max(1, s.P * s.K // s.PK)  # query rows that a key region meets on average
     lists = ((s.PK + 1) * s.P * s.tables, (s.PK + 1) * s.P, (s.PK + 1) * s.tables, s.PK + 1)
@@ -233,7 +233,7 @@ def _plan_backward(s: _Shape) -> Callable[..., None]:
             kernels_listed.key_grad_kernel, s.B * (s.PK + one_pass) * parts * s.heads,
             (*s.strides, *lists, *sizes), tile,
             LOG2_T=_log2(s.T), BLOCK_M=tile.rows, BLOCK_N=tile.columns, ALIGNED=s.T % tile.rows == 0,
-            ONE_PASS=one_pass, FULL=tile.columns == s.TK,
+            ONE_PASS=one_pass, FULL=tile.columns == s.TK, LSE_GRAD=lse_grad,
         )  # fmt: skip
 
     query_grad = None
@@ -243,7 +243,7 @@ def _plan_backward(s: _Shape) -> Callable[..., None]:
         key_grad = s.tuned("key_grad", s.tile("key_grad", met, s.TK), prepare_key_grad)
         query_grad = s.tuned(
             "query_grad", s.tile("query_grad", s.T, s.K * s.TK),
-            lambda tile: s.listed(kernels_listed.query_grad_kernel, tile),
+            lambda tile: s.listed(kernels_listed.query_grad_kernel, tile, LSE_GRAD=lse_grad),
         )  # fmt: skip
 
     def run(inputs: tuple[Tensor, ...], index: Tensor, saved: _Saved, grads: list[Tensor], scale: float) -> None:
@@ -256,11 +256,12 @@ def _plan_backward(s: _Shape) -> Callable[..., None]:
     return run
 
 
-def _plan_dense_backward(s: _Shape) -> Callable[..., None]:
+def _plan_dense_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
     build, shape, tables = s.masks()
     constants = s.dense_constants()
     query_grad = s.tuned("dense_query_grad", s.tile("dense_query_grad", s.N, s.NK), lambda tile: s.prepare(
-        kernels_dense.dense_query_grad_kernel, s.B * s.heads, s.dense_integers(), tile, BLOCK_M=tile.rows, **constants
+        kernels_dense.dense_query_grad_kernel, s.B * s.heads, s.dense_integers(), tile,
+        BLOCK_M=tile.rows, LSE_GRAD=lse_grad, **constants,
     ))  # fmt: skip
     largest = 32 * s.TK  # a tile of keys needs at most 32 bits of the masks
     key_grad = s.tuned("dense_key_grad", s.tile("dense_key_grad", s.N, min(s.NK, largest)), lambda tile: s.prepare(
@@ -281,7 +282,7 @@ def _plan_dense_backward(s: _Shape) -> Callable[..., None]:
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -297,11 +298,12 @@ def backward(
     if scale <= 0:
         query, factor, scale = query * scale, scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
-    name = (layout(query), layout(key), layout(value), index.shape, *q_region, *kv_region)
+    lse_grad = grad_lse is not None
+    name = (layout(query), layout(key), layout(value), index.shape, *q_region, *kv_region, lse_grad)
     run = _backward_plans.get(name) or _backward_plans.keep(
-        name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region))
+        name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region), lse_grad)
     )
-    saved = _Saved(out.contiguous(), lse, grad_out.contiguous(), grad_lse.contiguous())
+    saved = _Saved(out.contiguous(), lse, grad_out.contiguous(), lse if grad_lse is None else grad_lse.contiguous())
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     run((query, key, value), index, saved, grads, scale)
     return grads[0] * factor if factor != 1.0 else grads[0], grads[1], grads[2]

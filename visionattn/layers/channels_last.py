@@ -1,0 +1,120 @@
+"""Ordinary modules of PyTorch and timm on channels-last maps, by our operators where those do the same for less.
+
+A model keeps ``nn.Conv2d`` and ``LayerNorm`` modules, with all that tools do to them, and calls them through these
+functions. One that was replaced by another class, or that has hooks, is called as a module. So is every one under a
+tracer, whose graph then names the modules. TorchScript cannot pass modules to functions: it needs a branch of its own.
+"""
+
+from typing import TypeGuard
+
+import timm.layers
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+
+from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm
+
+
+def _bare(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling ``module`` would run its ``forward`` and nothing else, on an ordinary tensor."""
+    return type(x) is Tensor and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
+    return (
+        isinstance(module, nn.LayerNorm)
+        and type(module) in (nn.LayerNorm, timm.layers.LayerNorm)
+        and not getattr(module, "_fast_norm", False)  # asks for other numbers
+        and module.bias is not None
+        and len(module.normalized_shape) == 1
+        and _bare(module, x)
+    )
+
+
+def _is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    return (
+        type(module) is nn.Conv2d
+        and module.groups == module.in_channels == module.out_channels
+        and module.stride == module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
+        and module.padding == (module.kernel_size[0] // 2, module.kernel_size[1] // 2)
+        and module.kernel_size[0] % 2 == module.kernel_size[1] % 2 == 1
+        and _bare(module, x)
+    )
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``.
+
+    Args:
+        norm: A layer norm, or any module over ``[..., C]``.
+        x: ``[..., C]``.
+
+    Returns:
+        ``[..., C]``; under autocast on a GPU in its dtype, see ``visionattn.ops.layer_norm``.
+    """
+    if _is_layer_norm(norm, x):
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x)
+
+
+def add_normalize(norm: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """``x + delta`` and ``norm(x + delta)``.
+
+    Args:
+        norm: A layer norm, or any module over ``[..., C]``.
+        x: ``[..., C]``.
+        delta: Shape of ``x``.
+
+    Returns:
+        The sum and its norm.
+    """
+    if _is_layer_norm(norm, x):
+        return add_layer_norm(x, delta, norm.weight, norm.bias, norm.eps)
+    x = x + delta
+    return x, norm(x)
+
+
+def convolve(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``residual + conv(x)`` for a module that takes ``[B, C, H, W]``.
+
+    Args:
+        conv: A depthwise convolution, or any module ``[B, C, H, W]`` to the same.
+        x: Map, ``[B, H, W, C]``.
+        residual: Shape of ``x``, perhaps ``x`` itself.
+
+    Returns:
+        ``[B, H, W, C]``.
+    """
+    if _is_depthwise(conv, x):
+        return depthwise_conv(x, conv.weight, conv.bias, residual)
+    return residual + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_notrace_function  # a leaf for torch.fx, which cannot ask for the device
+def channels_last_on_gpu(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` with the channels innermost in memory if it is on a GPU, else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+
+
+class ChannelsLast(nn.Sequential):
+    """Modules in a row, of which a GPU's convolutions work channels-last, whatever the memory format of the input.
+
+    For a stem: it is cheaper to rearrange the image than the map that comes out.
+
+    Shape:
+        x: ``[B, C, H, W]``.
+        returns: What the last module gives.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = channels_last_on_gpu(x)
+        for module in self:
+            x = module(x)
+        return x

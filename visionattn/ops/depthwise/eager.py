@@ -1,0 +1,156 @@
+"""``visionattn::depthwise_conv``: registered operator, its gradient, and the short way past PyTorch's dispatcher."""
+
+import math
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
+from torch.utils.flop_counter import register_flop_formula
+
+from visionattn.ops._dispatch import use_triton
+from visionattn.ops.depthwise import reference
+
+MAX_KERNEL = 7
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def _launch() -> ModuleType:
+    from visionattn.ops.depthwise import launch  # Triton is imported when a kernel is to run
+
+    return launch
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether there is a kernel for these dtypes and this size of the kernel."""
+    given = (y.dtype for y in (x, weight, bias, residual) if y is not None)
+    return all(dtype in _SERVED for dtype in given) and max(weight.shape[2], weight.shape[3]) <= MAX_KERNEL
+
+
+def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    return use_triton(x) and serves(x, weight, bias, residual) and x.numel() > 0
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if _runs_kernel(x, weight, bias, residual):
+        return _launch().forward(x, weight, bias, residual)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if bias is None else bias.to(x.dtype)
+        out = reference.depthwise_conv(x, weight.to(x.dtype), bias, residual)
+    return out.clone(memory_format=torch.contiguous_format)
+
+
+def _input_grad(grad: Tensor, weight: Tensor, add: bool) -> Tensor:
+    if _runs_kernel(grad, weight, None, None):
+        return _launch().forward(grad, weight, None, grad if add else None, flip=True)
+    return _forward(grad, weight.flip(2, 3), None, grad if add else None)
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if _runs_kernel(x, weight, bias, grad):
+        dweight, dbias = _launch().weight_grad(grad, x, weight, bias)
+        return dweight, weight.new_empty(0) if dbias is None else dbias
+    grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2).to(grad.dtype)
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    with torch.autocast(x.device.type, enabled=False):
+        dweight = conv2d_weight(x, list(weight.shape), grad, padding=padding, groups=weight.shape[0])
+    dbias = weight.new_empty(0) if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
+    return dweight.to(weight.dtype).contiguous(), dbias
+
+
+# PyTorch's custom_op does the same with three times the host time of a call
+_LIBRARY = torch.library.Library("visionattn", "FRAGMENT")
+_LIBRARY.define("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor")
+_LIBRARY.define("depthwise_conv_input_grad(Tensor grad, Tensor weight, bool add) -> Tensor")
+_LIBRARY.define("depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)")
+_OPS = torch.ops.visionattn
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """The operator with its gradient; ``direct`` launches the kernels without a detour over the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, direct: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.residual = None if residual is None else residual.dtype
+        ctx.on_itself, ctx.direct = residual is x, direct
+        if direct:
+            return _launch().forward(x, weight, bias, residual)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.depthwise_conv.default(x, weight, bias, residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        input_grad, weight_grad = _input_grad, _weight_grad
+        if not ctx.direct:
+            input_grad = _OPS.depthwise_conv_input_grad.default
+            weight_grad = _OPS.depthwise_conv_weight_grad.default
+        dx = dweight = dbias = dresidual = None
+        if ctx.needs_input_grad[0]:  # where the map is the residual too, both shares are added in one pass
+            dx = input_grad(grad, weight, ctx.on_itself).to(x.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dweight, dbias = weight_grad(grad, x, weight, bias)
+        if ctx.needs_input_grad[3] and not ctx.on_itself:
+            dresidual = grad.to(ctx.residual)
+        return dx, dweight, None if bias is None else dbias, dresidual, None
+
+
+def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias, residual)):
+        return _DepthwiseConv.apply(x, weight, bias, residual, False)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.depthwise_conv.default(x, weight, bias, residual)
+
+
+def direct(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The operator where a kernel serves it and nothing has to see the call."""
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias, residual)):
+        return _DepthwiseConv.apply(x, weight, bias, residual, True)
+    return _launch().forward(x, weight, bias, residual)
+
+
+for _name, _function in dict(
+    depthwise_conv=_forward, depthwise_conv_input_grad=_input_grad, depthwise_conv_weight_grad=_weight_grad
+).items():
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+_LIBRARY.impl("depthwise_conv", _differentiable, "Autograd")
+
+
+@torch.library.register_fake("visionattn::depthwise_conv", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("visionattn::depthwise_conv_input_grad", lib=_LIBRARY)
+def _(grad: Tensor, weight: Tensor, add: bool) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+@torch.library.register_fake("visionattn::depthwise_conv_weight_grad", lib=_LIBRARY)
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+@register_flop_formula(_OPS.depthwise_conv)
+def _flops(x: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
+    """A multiply-add, 2 FLOPs, for every value of the kernel and the map."""
+    return 2 * math.prod(x) * math.prod(weight[2:])
+
+
+@register_flop_formula(_OPS.depthwise_conv_input_grad)
+def _input_grad_flops(grad: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
+    return _flops(grad, weight)
+
+
+@register_flop_formula(_OPS.depthwise_conv_weight_grad)
+def _weight_grad_flops(grad: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
+    return _flops(x, weight)
