@@ -1,4 +1,4 @@
-"""The routing operators launched without PyTorch's dispatcher, for eager calls on a GPU, where every microsecond counts.
+"""The routing operators launched without PyTorch's dispatcher, for eager calls on a GPU, where host time counts.
 
 Where something has to see the calls (a compiler, an exporter, a dispatch mode) the registered operators run instead;
 both launch the same kernels.
