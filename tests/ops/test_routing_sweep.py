@@ -22,7 +22,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 CASES, GEOMETRIES = (240, 40) if CUDA else (12, 12)
 PIXELS = 4000 if CUDA else 150  # of all images of a case
-COPIED = 1 << 25  # values that the float64 definition, which gathers, may hold in one tensor
+COPIED = 1 << 24  # values that the float64 definition, which gathers, may hold in one tensor
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
 RELATIVE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
