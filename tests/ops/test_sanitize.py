@@ -1,0 +1,38 @@
+"""The script for compute-sanitizer leaves no kernel out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+# in a process of its own: the interpreter, which sees every launch, must be chosen before Triton is imported
+PROGRAM = """
+import json, runpy, sys
+from triton.runtime.interpreter import InterpretedFunction
+from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables
+
+launched, run = set(), InterpretedFunction.run
+def note(self, *args, **kwargs):
+    launched.add(self.fn.__name__)
+    return run(self, *args, **kwargs)
+
+InterpretedFunction.run = note
+runpy.run_path(sys.argv[1], run_name="__main__")
+modules = kernels_dense, kernels_listed, kernels_tables
+kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+print(json.dumps(dict(kernels=sorted(kernels), launched=sorted(launched))))
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_is_launched():
+    script = Path(__file__).with_name("sanitize.py")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script.parents[2])}
+    result = subprocess.run([sys.executable, "-c", PROGRAM, str(script)], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["kernels"] and set(found["kernels"]) <= set(found["launched"])
