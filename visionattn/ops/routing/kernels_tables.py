@@ -8,8 +8,12 @@ import triton.language as tl
 def region_mean_kernel(
     x_ptr, out_ptr, x_sb, x_sh, x_sw, C, regions, grid_w, rh, rw,
     LOG2_RW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Means of ``BLOCK_R`` regions over ``BLOCK_C`` channels; every value is read once and summed in float32."""
+    """Means of ``BLOCK_R`` regions over ``BLOCK_C`` channels; every value is read once and summed in float32.
+
+    The sum is a matrix product with ones and zeros, which costs fewer instructions than adding up rows.
+    """
     groups = tl.cdiv(regions, BLOCK_R)
     group, batch = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -17,7 +21,9 @@ def region_mean_kernel(
     region = group * BLOCK_R + rows // BLOCK_T
     corner = (region // grid_w) * rh * x_sh + (region % grid_w) * rw * x_sw
     x_ptr += batch * x_sb
-    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    first = tl.arange(0, 16)  # regions of this program; matrix instructions have no fewer rows
+    total = tl.zeros([16, BLOCK_C], tl.float32)
+    own = (first[:, None] == (rows // BLOCK_T)[None, :]).to(x_ptr.dtype.element_ty)
     for t0 in range(0, rh * rw, BLOCK_T):
         t = t0 + rows % BLOCK_T
         if LOG2_RW >= 0:
@@ -26,20 +32,21 @@ def region_mean_kernel(
             y, x = t // rw, t % rw
         mask = ((t < rh * rw) & (region < regions))[:, None] & (channel < C)[None, :]
         values = tl.load(x_ptr + (corner + y * x_sh + x * x_sw)[:, None] + channel[None, :], mask=mask, other=0.0)
-        total += tl.sum(values.to(tl.float32).reshape(BLOCK_R, BLOCK_T, BLOCK_C), 1)
-    first = group * BLOCK_R + tl.arange(0, BLOCK_R)
-    out = (batch * regions + first)[:, None] * C + channel[None, :]
-    tl.store(out_ptr + out, total / (rh * rw), mask=(first < regions)[:, None] & (channel < C)[None, :])
+        total = tl.dot(own, values, total, input_precision=PRECISION)
+    region = group * BLOCK_R + first
+    out = (batch * regions + region)[:, None] * C + channel[None, :]
+    mask = ((first < BLOCK_R) & (region < regions))[:, None] & (channel < C)[None, :]
+    tl.store(out_ptr + out, total / (rh * rw), mask=mask)
 
 
 @triton.jit
-def rank_kernel(
-    q_ptr, k_ptr, index_ptr, q_sb, q_sp, k_sb, k_sp, C, P, PK, K,
-    BLOCK_P: tl.constexpr, BLOCK_PK: tl.constexpr, BLOCK_C: tl.constexpr,
+def topk_kernel(
+    q_ptr, k_ptr, scores_ptr, index_ptr, q_sb, q_sp, k_sb, k_sp, C, P, PK, K,
+    BLOCK_P: tl.constexpr, BLOCK_PK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The ``K`` best key regions of ``BLOCK_P`` query regions, like ``topk_kernel`` but for few key regions.
+    """The ``K`` best key regions of ``BLOCK_P`` query regions, best first, of equal scores the lower index first.
 
-    The place of a region is the number of regions ahead of it; all pairs are compared at once.
+    ``scores`` is room for a float32 ``[B, P rounded up to BLOCK_P, BLOCK_PK]``.
     """
     batch = tl.program_id(1).to(tl.int64)
     rows, cols = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_PK)
@@ -53,44 +60,19 @@ def rank_kernel(
         k = tl.load(
             k_ptr + batch * k_sb + cols[:, None] * k_sp + c[None, :], mask=(cols < PK)[:, None] & there, other=0.0
         )
-        scores += tl.sum(q[:, None, :] * k[None, :, :], 2)
-    # a score that is not a number goes to the end; its place must still be its own
-    scores = tl.where((cols < PK)[None, :] & (scores == scores), scores, float("-inf"))
-    one, other = scores[:, :, None], scores[:, None, :]
-    ahead = (other > one) | ((other == one) & (cols[None, None, :] < cols[None, :, None]))
-    place = tl.sum(ahead.to(tl.int32), 2)
-    where = index_ptr + (batch * P + rows)[:, None] * K + place
-    tl.store(where, tl.broadcast_to(cols[None, :], [BLOCK_P, BLOCK_PK]), mask=(rows < P)[:, None] & (place < K))
-
-
-@triton.jit
-def topk_kernel(
-    q_ptr, k_ptr, index_ptr, q_sb, q_sp, k_sb, k_sp, C, P, PK, K,
-    BLOCK_P: tl.constexpr, BLOCK_PK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The ``K`` best key regions of ``BLOCK_P`` query regions, best first, of equal scores the lower index first."""
-    batch = tl.program_id(1).to(tl.int64)
-    rows, cols = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_PK)
-    scores = tl.zeros([BLOCK_P, BLOCK_PK], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        there = (c < C)[None, :]
-        q = tl.load(
-            q_ptr + batch * q_sb + rows[:, None] * q_sp + c[None, :], mask=(rows < P)[:, None] & there, other=0.0
-        )
-        k = tl.load(
-            k_ptr + batch * k_sb + cols[:, None] * k_sp + c[None, :], mask=(cols < PK)[:, None] & there, other=0.0
-        )
-        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
-    scores = tl.where((cols < PK)[None, :], scores, float("-inf"))
-    taken = tl.broadcast_to((cols >= PK)[None, :], [BLOCK_P, BLOCK_PK])
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    # Through memory into rows that belong to one warp each: the many small reductions below then need no barrier. The
+    # least a real score can be is the lowest number, for -inf marks those that are not there or were chosen.
+    where = scores_ptr + (batch * tl.cdiv(P, BLOCK_P) * BLOCK_P + rows)[:, None] * BLOCK_PK + cols[None, :]
+    scores = tl.where(scores == scores, tl.maximum(scores, -3.4e38), -3.4e38)
+    tl.store(where, tl.where((cols < PK)[None, :], scores, float("-inf")))
+    tl.debug_barrier()
+    left = tl.load(where)
     for i in range(K):
-        # a score of -inf may still be chosen, but never one that was taken
-        best = tl.max(tl.where(taken, float("-inf"), scores), 1)
-        candidate = (scores == best[:, None]) & (taken == 0)
-        choice = tl.min(tl.where(candidate, cols[None, :], BLOCK_PK), 1)
+        best = tl.max(left, 1)
+        choice = tl.min(tl.where(left == best[:, None], cols[None, :], BLOCK_PK), 1)
         tl.store(index_ptr + (batch * P + rows) * K + i, choice, mask=rows < P)
-        taken = taken | (cols[None, :] == choice[:, None])
+        left = tl.where(cols[None, :] == choice[:, None], float("-inf"), left)
 
 
 @triton.jit

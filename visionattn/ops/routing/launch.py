@@ -35,6 +35,11 @@ def _log2(n: int) -> int:
     return n.bit_length() - 1 if n & (n - 1) == 0 else -1
 
 
+def _block(n: int, largest: int) -> int:
+    """Smallest side of a tile that holds ``n`` and that matrix instructions take, but no more than ``largest``."""
+    return min(largest, max(16, triton.next_power_of_2(n)))
+
+
 def _rows(x: Tensor) -> Tensor:
     """``x`` itself where channels lie side by side, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -313,12 +318,14 @@ def _plan_region_mean(x: Tensor, region: Sequence[int]) -> tuple[Launch, tuple[i
     B, H, W, C = x.shape
     rh, rw = region
     regions = (H // rh) * (W // rw)
-    block_c = min(triton.next_power_of_2(C), 128)
+    block_c = _block(C, 128)
     block_t = min(64, triton.next_power_of_2(rh * rw))
-    block_r = max(1, 64 // block_t)
+    block_r = min(16, 64 // block_t)
+    block_t = max(block_t, 16 // block_r)
     grid = B * triton.cdiv(regions, block_r), triton.cdiv(C, block_c)
     integers = (*x.stride()[:3], C, regions, W // rw, rh, rw)
-    blocks = dict(LOG2_RW=_log2(rw), BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    blocks = dict(LOG2_RW=_log2(rw), BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_C=block_c, PRECISION=precision)
     return Launch(kernels_tables.region_mean_kernel, grid, integers, blocks), (B, regions, C)
 
 
@@ -337,14 +344,14 @@ def serves_topk(query: Tensor, key: Tensor) -> bool:
     return key.shape[-2] <= 256 and query.numel() > 0 and query.dtype != torch.float64
 
 
-def _plan_topk(query: Tensor, key: Tensor, topk: int) -> Launch:
+def _plan_topk(query: Tensor, key: Tensor, topk: int) -> tuple[Launch, tuple[int, ...]]:
     (batch, P, C), PK = query.shape, key.shape[1]
     integers = (*query.stride()[:2], *key.stride()[:2], C, P, PK, topk)
-    if PK <= 64:
-        blocks = dict(BLOCK_P=4, BLOCK_PK=max(16, triton.next_power_of_2(PK)), BLOCK_C=32)
-        return Launch(kernels_tables.rank_kernel, (triton.cdiv(P, 4), batch), integers, blocks)
-    blocks = dict(BLOCK_P=16, BLOCK_PK=triton.next_power_of_2(PK), BLOCK_C=max(16, min(64, triton.next_power_of_2(C))))
-    return Launch(kernels_tables.topk_kernel, (triton.cdiv(P, 16), batch), integers, blocks)
+    # three products of halves of float32 are as exact as one of the whole and use the matrix units
+    blocks = dict(BLOCK_P=16, BLOCK_PK=_block(PK, 256), BLOCK_C=_block(C, 64), PRECISION="tf32x3")
+    tiles = triton.cdiv(P, 16)
+    launch = Launch(kernels_tables.topk_kernel, (tiles, batch), integers, blocks)
+    return launch, (batch, 16 * tiles, _block(PK, 256))
 
 
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
@@ -354,7 +361,8 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
     if query.dim() == 4:
         query, key = query.flatten(0, 1), key.flatten(0, 1)
     name = ("topk", layout(query), layout(key), topk)
-    run = _table_plans.get(name) or _table_plans.keep(name, _plan_topk(query, key, topk))
+    run, room = _table_plans.get(name) or _table_plans.keep(name, _plan_topk(query, key, topk))
+    scores = torch.empty(room, dtype=torch.float32, device=query.device)
     index = torch.empty((query.shape[0] // heads, heads, query.shape[1], topk), dtype=torch.int32, device=query.device)
-    run(query, key, index)
+    run(query, key, scores, index)
     return index
