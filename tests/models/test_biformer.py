@@ -78,6 +78,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
         assert (actual - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (50, 75)])
 def test_model_by_kernels_equals_model_without(size):
     pytest.importorskip("triton")
