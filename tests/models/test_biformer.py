@@ -10,6 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import visionattn
 from visionattn.models.biformer import BiFormerBlock
+from visionattn.ops import use_backend
 
 RENAME = {"mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "attn.qkv.qkv": "attn.qkv", "attn.wo": "attn.proj"}
 
@@ -75,6 +76,28 @@ def test_checkpointed_blocks_give_the_same_gradients():
         grads.append(torch.autograd.grad(model(x).sum(), list(model.parameters())))
     for (name, _), expected, actual in zip(model.named_parameters(), *grads, strict=True):
         assert (actual - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 64), (50, 75)])
+def test_model_by_kernels_equals_model_without(size):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, x = timm.create_model("test_biformer").to(device).eval(), torch.randn(2, 3, *size, device=device)
+    compiled, results = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for backend, function in (("eager", model), ("triton", model), ("triton", compiled)):
+            with use_backend(backend):
+                logits = function(x)
+                grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+                with torch.no_grad():
+                    assert_close("logits without gradients", logits, function(x), 1e-5)
+            results.append(
+                dict(zip(["logits", *(n for n, _ in model.named_parameters())], [logits, *grads], strict=True))
+            )
+    for name, expected in results[0].items():
+        for actual in results[1:]:
+            assert_close(name, expected, actual[name], 1e-4)
 
 
 @pytest.mark.slow

@@ -20,77 +20,102 @@ def arrange_kernel(weight_ptr, out_ptr, C, TAPS: tl.constexpr, FLIP: tl.constexp
 
 
 @triton.jit
+def _load(pointer, there, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Values of ``BLOCK_C`` channels in float32, without a mask where all of them are there."""
+    if C % BLOCK_C == 0:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _float32(x):
+    """``x`` in float32: of two packed bfloat16 one is shifted and one masked, half of what the compiler makes of it."""
+    if x.dtype == tl.bfloat16:
+        both: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(both, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _tile(number, B, W, strips, ROWS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """First row of a tile, image and column of its pixels, and which of them there are."""
+    pixel = number // strips * BLOCK_P + tl.arange(0, BLOCK_P)
+    return (number % strips) * ROWS, (pixel // W).to(tl.int64), pixel % W, pixel < B * W
+
+
+@triton.jit
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, x_sw, r_sb, r_sh, r_sw, B, H, W, C, strips, slices,
-    KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, r_sb, r_sh, r_sw, B, H, W, strips,
+    x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Convolution, bias and residual of one tile. Programs that read the same rows are neighbours."""
-    tile, c = tl.program_id(0) // slices, tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, pixel = (tile % strips) * ROWS, tile // strips * BLOCK_P + tl.arange(0, BLOCK_P)
-    image, column = (pixel // W).to(tl.int64), pixel % W
-    inside, channels = pixel < B * W, (c < C)[None, :]
+    slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    c = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, image, column, inside = _tile(tl.program_id(0) // slices, B, W, strips, ROWS, BLOCK_P)
+    channels = (c < C)[None, :]
     x_ptr += (image * x_sb + column * x_sw)[:, None] + c[None, :]
-    acc = ()
+    x_rows, x_there, acc = (), (), ()
+    for i in tl.static_range(ROWS + KH - 1):
+        y = first + i - KH // 2
+        x_rows, x_there = x_rows + (x_ptr + y.to(tl.int64) * x_sh,), x_there + ((y >= 0) & (y < H),)
+    start = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    if BIAS:
+        start += _load(bias_ptr + c, c < C, C, BLOCK_C)[None, :]
     for _ in tl.static_range(ROWS):
-        acc = acc + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
+        acc = acc + (start,)
     for dx in tl.static_range(KW):
-        there = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W)
-        taps = ()
+        there, taps = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W), ()
         for dy in tl.static_range(KH):
-            taps = taps + (tl.load(weight_ptr + (dy * KW + dx) * C + c, mask=c < C, other=0.0)[None, :],)
+            taps = taps + (_load(weight_ptr + (dy * KW + dx) * C + c, c < C, C, BLOCK_C)[None, :],)
         for i in tl.static_range(ROWS + KH - 1):
-            y = first + i - KH // 2
-            mask = (there & (y >= 0) & (y < H))[:, None] & channels
-            x = tl.load(x_ptr + (y.to(tl.int64) * x_sh + (dx - KW // 2) * x_sw), mask=mask, other=0.0).to(tl.float32)
+            mask = (there & x_there[i])[:, None] & channels
+            x = _float32(tl.load(x_rows[i] + (dx - KW // 2) * x_sw, mask=mask, other=0.0))
             for dy in tl.static_range(KH):
                 if i >= dy and i - dy < ROWS:
                     acc = acc[: i - dy] + (acc[i - dy] + x * taps[dy],) + acc[i - dy + 1 :]
-    if BIAS:
-        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     for r in tl.static_range(ROWS):
-        y = first + r
-        mask, out = (inside & (y < H))[:, None] & channels, acc[r]
-        if BIAS:
-            out += bias
+        y, out = first + r, acc[r]
+        mask = (inside & (y < H))[:, None] & channels
         if RESIDUAL:
             where = image * r_sb + y.to(tl.int64) * r_sh + column * r_sw
-            out += tl.load(residual_ptr + where[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            out += _float32(tl.load(residual_ptr + where[:, None] + c[None, :], mask=mask, other=0.0))
         where = (image * H + y) * W + column
         tl.store(out_ptr + where[:, None] * C + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def weight_grad_kernel(
-    x_ptr, grad_ptr, partial_ptr, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw, B, H, W, C, strips, slices, tiles,
-    KH: tl.constexpr, KW: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, grad_ptr, partial_ptr, x_sb, x_sh, g_sb, g_sh, g_sw, B, H, W, strips, tiles,
+    x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight and bias over every so many-th tile, as ``partial [programs, KH * KW + 1, C]``."""
+    slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, c = tl.program_id(0) // slices, tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels = (c < C)[None, :]
-    sums = ()
+    channels, sums = (c < C)[None, :], ()
     for _ in tl.static_range(KH * KW + 1):
         sums = sums + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
     for tile in range(program, tiles, tl.num_programs(0) // slices):
-        first, pixel = (tile % strips) * ROWS, tile // strips * BLOCK_P + tl.arange(0, BLOCK_P)
-        image, column = (pixel // W).to(tl.int64), pixel % W
-        inside = pixel < B * W
+        first, image, column, inside = _tile(tile, B, W, strips, ROWS, BLOCK_P)
         x_tile = x_ptr + (image * x_sb + column * x_sw)[:, None] + c[None, :]
         g_tile = grad_ptr + (image * g_sb + column * g_sw)[:, None] + c[None, :]
         grads = ()
         for r in tl.static_range(ROWS):
-            y = first + r
-            mask = (inside & (y < H))[:, None] & channels
-            grad = tl.load(g_tile + y.to(tl.int64) * g_sh, mask=mask, other=0.0).to(tl.float32)
-            grads = grads + (grad,)
-            sums = sums[: KH * KW] + (sums[KH * KW] + grad,)
+            mask = (inside & (first + r < H))[:, None] & channels
+            grads = grads + (_float32(tl.load(g_tile + (first + r).to(tl.int64) * g_sh, mask=mask, other=0.0)),)
+            sums = sums[: KH * KW] + (sums[KH * KW] + grads[r],)
+        x_rows, x_there = (), ()
+        for i in tl.static_range(ROWS + KH - 1):
+            y = first + i - KH // 2
+            x_rows, x_there = x_rows + (x_tile + y.to(tl.int64) * x_sh,), x_there + ((y >= 0) & (y < H),)
         for dx in tl.static_range(KW):
             there = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W)
             for i in tl.static_range(ROWS + KH - 1):
-                y = first + i - KH // 2
-                mask = (there & (y >= 0) & (y < H))[:, None] & channels
-                where = y.to(tl.int64) * x_sh + (dx - KW // 2) * x_sw
-                x = tl.load(x_tile + where, mask=mask, other=0.0).to(tl.float32)
+                mask = (there & x_there[i])[:, None] & channels
+                x = _float32(tl.load(x_rows[i] + (dx - KW // 2) * x_sw, mask=mask, other=0.0))
                 for dy in tl.static_range(KH):
                     if i >= dy and i - dy < ROWS:
                         total = sums[dy * KW + dx] + x * grads[i - dy]

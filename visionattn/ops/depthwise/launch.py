@@ -1,7 +1,5 @@
 """Launching the Triton kernels of depthwise convolution: tile sizes and how the work is dealt out."""
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -9,8 +7,8 @@ from torch import Tensor
 from visionattn.ops._launch import Launch, Plans, layout, sum_programs
 from visionattn.ops.depthwise import kernels_depthwise
 
-ROWS = 4  # of a tile
-PROGRAMS = 512  # of the weight gradient at most, for all slices of channels together
+ROWS = 4  # of a tile: more would take registers from other programs
+PROGRAMS = 396  # of the weight gradient at most, all slices together: three for each of 132 processors
 
 _forward, _weight_grad = Plans(), Plans()
 
@@ -27,35 +25,27 @@ def _tile(C: int, values: int) -> dict[str, int]:
 
 
 class _Sizes:
-    """What the kernels are told about a map ``[B, H, W, C]`` and its division into tiles."""
+    """What the kernels are told about a map ``[B, H, W, C]``, another one, and the division into tiles.
 
-    def __init__(self, x: Tensor, weight: Tensor, values: int):
+    The step to the next pixel is a constant, so that neighbours are reached without arithmetic.
+    """
+
+    def __init__(self, x: Tensor, other: Tensor, weight: Tensor, values: int):
         B, H, W, C = x.shape
-        self.kernel = dict(KH=weight.shape[2], KW=weight.shape[3])
-        self.blocks = _tile(C, values)
-        strips, self.slices = triton.cdiv(H, ROWS), triton.cdiv(C, self.blocks["BLOCK_C"])
-        self.tiles = strips * triton.cdiv(B * W, self.blocks["BLOCK_P"])
-        self.integers = B, H, W, C, strips, self.slices
+        blocks = _tile(C, values)
+        strips, self.slices = triton.cdiv(H, ROWS), triton.cdiv(C, blocks["BLOCK_C"])
+        self.tiles = strips * triton.cdiv(B * W, blocks["BLOCK_P"])
+        self.integers = *x.stride()[:2], *other.stride()[:3], B, H, W, strips
+        self.constants = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], **blocks)
 
 
 def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool) -> tuple[Launch, Launch]:
-    sizes, C, taps = _Sizes(x, weight, 1024), x.shape[3], weight.shape[2] * weight.shape[3]
-    arrange = Launch(
-        kernels_depthwise.arrange_kernel,
-        (taps, triton.cdiv(C, 128)),
-        (C,),
-        dict(TAPS=taps, FLIP=flip, BLOCK_C=128),
-        num_warps=1,
-    )
-    constants: dict[str, Any] = dict(**sizes.kernel, BIAS=bias is not None, RESIDUAL=residual is not None)
-    strides = *x.stride()[:3], *(x if residual is None else residual).stride()[:3]
-    convolve = Launch(
-        kernels_depthwise.forward_kernel,
-        (sizes.tiles * sizes.slices,),
-        (*strides, *sizes.integers),
-        dict(**constants, **sizes.blocks),
-    )
-    return arrange, convolve
+    sizes, C, taps = _Sizes(x, x if residual is None else residual, weight, 1024), x.shape[3], weight[0].numel()
+    of_weight = dict(TAPS=taps, FLIP=flip, BLOCK_C=128)
+    arrange = Launch(kernels_depthwise.arrange_kernel, (taps, triton.cdiv(C, 128)), (C,), of_weight, num_warps=1)
+    constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None)
+    grid = (sizes.tiles * sizes.slices,)
+    return arrange, Launch(kernels_depthwise.forward_kernel, grid, sizes.integers, constants)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool = False) -> Tensor:
@@ -81,15 +71,10 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     key = layout(grad), layout(x), weight.shape
     launch, programs = _weight_grad.get(key) or (None, 0)
     if launch is None:
-        sizes = _Sizes(x, weight, 512)
+        sizes = _Sizes(x, grad, weight, 512)
         programs = min(sizes.tiles, max(1, PROGRAMS // sizes.slices))
-        integers = *x.stride()[:3], *grad.stride()[:3], *sizes.integers, sizes.tiles
-        launch = Launch(
-            kernels_depthwise.weight_grad_kernel,
-            (programs * sizes.slices,),
-            integers,
-            dict(**sizes.kernel, **sizes.blocks),
-        )
+        grid, integers = (programs * sizes.slices,), (*sizes.integers, sizes.tiles)
+        launch = Launch(kernels_depthwise.weight_grad_kernel, grid, integers, sizes.constants)
         _weight_grad.keep(key, (launch, programs))
     taps = weight.shape[2] * weight.shape[3]
     partial = torch.empty((programs, taps + 1, x.shape[3]), dtype=torch.float32, device=x.device)

@@ -10,7 +10,7 @@ from visionattn.ops._launch import Launch, Plans, sum_programs
 from visionattn.ops.norm import kernels_norm
 
 TILE = 2048  # values that a program holds at once
-PROGRAMS = 1024  # of the backward kernel at most: all of them run at the same time
+PROGRAMS = 512  # of the backward kernel at most: all of them run at the same time
 
 
 class Saved(NamedTuple):

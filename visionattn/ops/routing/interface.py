@@ -143,13 +143,12 @@ def routed_attention(
     if torch.jit.is_scripting():
         return torch.ops.visionattn.routed_attention(query, key, value, index, q_region, kv_region, scale)
     if not torch.compiler.is_compiling():
+        result = direct.routed_attention(query, key, value, index, q_region, kv_region, scale, _check_attention)
+        if result is not None:
+            return result
         _check_attention(query, key, value, index, q_region, kv_region)
     if use_reference():
         if not torch.compiler.is_compiling():
             eager.check_table(index, (key.shape[1] // kv_region[0]) * (key.shape[2] // kv_region[1]))
         return reference.routed_attention(query, key, value, index, q_region, kv_region, scale)
-    if not torch.compiler.is_compiling():
-        result = direct.routed_attention(query, key, value, index, q_region, kv_region, scale)
-        if result is not None:
-            return result
     return torch.ops.visionattn.routed_attention(query, key, value, index, q_region, kv_region, scale)

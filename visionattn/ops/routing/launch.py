@@ -16,15 +16,16 @@ DENSE_BYTES = 32768  # of its keys in one program; shared memory must hold these
 MAX_REGIONS = 65535  # what an entry of the inverted list can name
 MAX_HEAD_DIM = 128
 
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 _forward_plans, _backward_plans, _table_plans = Plans(), Plans(), Plans()
 
 
-def serves(query: Tensor, key: Tensor, index: Tensor) -> bool:
+def serves(query: Tensor, index: Tensor) -> bool:
     """Whether there is a kernel for these tensors."""
-    sizes = query.shape[4] <= MAX_HEAD_DIM and max(index.shape[2], index.shape[3]) <= MAX_REGIONS
     return (
-        sizes
-        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        query.dtype in _SERVED
+        and query.shape[4] <= MAX_HEAD_DIM
+        and max(index.shape[2:]) <= MAX_REGIONS
         and query.numel() > 0
         and index.numel() > 0
     )
@@ -166,15 +167,18 @@ def forward(
     q_region: Sequence[int],
     kv_region: Sequence[int],
     scale: float,
+    check: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``visionattn::routed_attention`` on the device."""
+    """``visionattn::routed_attention`` on the device; ``check`` sees the tensors where the call's signature is new."""
     if scale <= 0:  # the kernels find the maximum before they scale
         query, scale = query * scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
-    name = (layout(query), layout(key), layout(value), index.shape, *q_region, *kv_region)
-    run = _forward_plans.get(name) or _forward_plans.keep(
-        name, _plan_forward(_Shape(query, key, value, index, q_region, kv_region))
-    )
+    name = (layout(query), layout(key), layout(value), index.shape, index.dtype, *q_region, *kv_region)
+    run = _forward_plans.get(name)
+    if run is None:
+        if check is not None:
+            check(query, key, value, index, q_region, kv_region)
+        run = _forward_plans.keep(name, _plan_forward(_Shape(query, key, value, index, q_region, kv_region)))
     B, H, W, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((B, heads, H, W), dtype=torch.float32, device=query.device)

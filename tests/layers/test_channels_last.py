@@ -1,0 +1,173 @@
+"""Modules called through operators: by whom they are served, and that nothing attached to them is lost."""
+
+import copy
+
+import pytest
+import timm.layers
+import torch
+from helpers import assert_close
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrizations
+
+from visionattn.layers import ChannelsLast, add_normalize, channels_last, convolve, normalize
+
+X = torch.Size((2, 5, 7, 12))
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Names of the operators that ran."""
+    names = []
+
+    def recorder(name, run):
+        def record(*args):
+            names.append(name)
+            return run(*args)
+
+        return record
+
+    for name in ("layer_norm", "add_layer_norm", "depthwise_conv"):
+        monkeypatch.setattr(channels_last, name, recorder(name, getattr(channels_last, name)))
+    return names
+
+
+def depthwise(**kwargs):
+    return nn.Conv2d(12, 12, 3, **{**dict(padding=1, groups=12), **kwargs})
+
+
+def with_attribute(module, name, value):
+    setattr(module, name, value)
+    return module
+
+
+def with_hook(module, register, hook):
+    getattr(module, register)(hook)
+    return module
+
+
+class Adapter(nn.Module):
+    """As adapters wrap a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.base(x) * self.gain
+
+
+class DoubledConv(nn.Conv2d):
+    """Another forward under the same attributes."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+SERVED_NORMS = {
+    "torch": lambda: nn.LayerNorm(12),
+    "timm": lambda: timm.layers.LayerNorm(12),
+    "frozen": lambda: nn.LayerNorm(12).requires_grad_(False),
+}
+OTHER_NORMS = {
+    "identity": nn.Identity,
+    "rms": lambda: timm.layers.RmsNorm(12),
+    "without weight": lambda: nn.LayerNorm(12, elementwise_affine=False),
+    "without bias": lambda: nn.LayerNorm(12, bias=False),
+    "two axes": lambda: nn.LayerNorm((7, 12)),
+    "fast": lambda: with_attribute(timm.layers.LayerNorm(12), "_fast_norm", True),
+    "adapter": lambda: Adapter(nn.LayerNorm(12)),
+    "hook": lambda: with_hook(nn.LayerNorm(12), "register_forward_hook", lambda module, args, out: 3 * out),
+    "pre-hook": lambda: with_hook(nn.LayerNorm(12), "register_forward_pre_hook", lambda module, args: (args[0] ** 2,)),
+    "patched": lambda: with_attribute(nn.LayerNorm(12), "forward", lambda x: x.sin()),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED_NORMS, *OTHER_NORMS])
+def test_norms_do_what_the_module_does(name, served):
+    norm, (x, delta) = {**SERVED_NORMS, **OTHER_NORMS}[name](), torch.randn(2, *X)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    assert torch.equal(normalize(norm, x), norm(x))
+    total, out = add_normalize(norm, x, delta)
+    assert torch.equal(total, x + delta) and torch.equal(out, norm(x + delta))
+    assert served == (["layer_norm", "add_layer_norm"] if name in SERVED_NORMS else [])
+
+
+SERVED_CONVS = {
+    "plain": depthwise,
+    "without bias": lambda: depthwise(bias=False),
+    "oblong": lambda: nn.Conv2d(12, 12, (1, 5), padding=(0, 2), groups=12),
+}
+OTHER_CONVS = {
+    "identity": nn.Identity,
+    "dense": lambda: nn.Conv2d(12, 12, 3, padding=1),
+    "grouped": lambda: depthwise(groups=4),
+    "dilated": lambda: depthwise(dilation=2, padding=2),
+    "reflecting": lambda: depthwise(padding_mode="reflect"),
+    "padded by name": lambda: depthwise(padding="same"),
+    "even": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(12, 12, 2, groups=12)),
+    "adapter": lambda: Adapter(depthwise()),
+    "subclass": lambda: DoubledConv(12, 12, 3, padding=1, groups=12),
+    "weight norm": lambda: parametrizations.weight_norm(depthwise()),
+    "hook": lambda: with_hook(depthwise(), "register_forward_hook", lambda module, args, out: 3 * out),
+    "gradient hook": lambda: with_hook(
+        depthwise(), "register_full_backward_hook", lambda module, grads, out: (3 * grads[0],)
+    ),
+    "patched": lambda: with_attribute(depthwise(), "forward", lambda x: x.sin()),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED_CONVS, *OTHER_CONVS])
+def test_convolutions_do_what_the_module_does(name, served):
+    conv = {**SERVED_CONVS, **OTHER_CONVS}[name]()
+    x, residual = torch.randn(2, *X).requires_grad_().unbind()
+    expected = residual + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    actual = convolve(conv, x, residual)
+    assert torch.equal(actual, expected)
+    grads = [torch.autograd.grad(out.sin().sum(), (x, residual)) for out in (expected, actual)]
+    assert all(torch.equal(e, a) for e, a in zip(*grads, strict=True))
+    assert served == (["depthwise_conv"] if name in SERVED_CONVS else [])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = depthwise(), nn.LayerNorm(12), nn.LayerNorm(12)
+
+    def forward(self, x):
+        x = convolve(self.conv, x, x)
+        x, y = add_normalize(self.second, x, normalize(self.first, x))
+        return x + y
+
+
+def test_a_traced_graph_names_the_modules(served):
+    block, x = Block(), torch.randn(X)
+    graph = torch.fx.symbolic_trace(block)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["conv", "first", "second"]
+    assert not served
+    assert torch.equal(graph(x), block(x))
+
+
+def test_compiled_equals_eager():
+    block, x = Block(), torch.randn(X)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    assert_close("out", block(x), compiled(x), 1e-6)
+
+
+def test_stem_changes_no_number_and_no_key():
+    layers = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.GELU()
+    plain, stem = nn.Sequential(*layers), ChannelsLast(*layers)
+    assert plain.state_dict().keys() == stem.state_dict().keys()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(plain(x), stem(x))
+    assert torch.equal(torch.jit.script(stem)(x), stem(x))
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", True), ("cpu", False)])
+def test_stem_works_channels_last_on_a_gpu_alone(device, expected):
+    with FakeTensorMode():  # knows shapes and strides of tensors on devices that need not be there
+        stem = ChannelsLast(nn.Conv2d(3, 8, 3, padding=1, device=device), nn.BatchNorm2d(8, device=device))
+        out = stem(torch.randn(2, 3, 16, 16, device=device))
+    assert out.is_contiguous(memory_format=torch.channels_last) == expected
