@@ -91,6 +91,11 @@ def _check_attention(
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or head_dim")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(f"query, key, value must share one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    if not query.device == key.device == value.device == index.device:
+        raise ValueError(
+            "query, key, value and index must be on one device, "
+            f"got {query.device}, {key.device}, {value.device}, {index.device}"
+        )
     _check_region("q_region", q_region, query.shape[1], query.shape[2])
     _check_region("kv_region", kv_region, key.shape[1], key.shape[2])
     regions = (query.shape[1] // q_region[0]) * (query.shape[2] // q_region[1])

@@ -173,7 +173,7 @@ def forward(
     if scale <= 0:  # the kernels find the maximum before they scale
         query, scale = query * scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
-    name = (layout(query), layout(key), layout(value), index.shape, index.dtype, *q_region, *kv_region)
+    name = (layout(query), layout(key), layout(value), layout(index), *q_region, *kv_region)
     run = _forward_plans.get(name)
     if run is None:
         if check is not None:
@@ -308,7 +308,7 @@ def backward(
         query, factor, scale = query * scale, scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
     lse_grad = grad_lse is not None
-    name = (layout(query), layout(key), layout(value), index.shape, *q_region, *kv_region, lse_grad)
+    name = (layout(query), layout(key), layout(value), layout(index), *q_region, *kv_region, lse_grad)
     run = _backward_plans.get(name) or _backward_plans.keep(
         name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region), lse_grad)
     )
