@@ -1,7 +1,8 @@
 """``visionattn::depthwise_conv``: registered operator, its gradient, and the short way past PyTorch's dispatcher."""
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -44,9 +45,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def _input_grad(grad: Tensor, weight: Tensor, add: bool) -> Tensor:
+def _input_grad(grad: Tensor, weight: Tensor, add: bool, arranged: Tensor | None = None) -> Tensor:
     if _runs_kernel(grad, weight, None, None):
-        return _launch().forward(grad, weight, None, grad if add else None, flip=True)
+        return _launch().forward(grad, weight, None, grad if add else None, flip=True, arranged=arranged)
     return _forward(grad, weight.flip(2, 3), None, grad if add else None)
 
 
@@ -77,19 +78,21 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, direct: bool
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        arranged = _launch().arrange(weight) if direct else None
+        ctx.save_for_backward(x, weight, bias, arranged)
         ctx.residual = None if residual is None else residual.dtype
         ctx.on_itself, ctx.direct = residual is x, direct
         if direct:
-            return _launch().forward(x, weight, bias, residual)
+            return _launch().forward(x, weight, bias, residual, arranged=arranged)
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS.depthwise_conv.default(x, weight, bias, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        input_grad, weight_grad = _input_grad, _weight_grad
+        x, weight, bias, arranged = ctx.saved_tensors
+        input_grad: Callable[..., Tensor] = partial(_input_grad, arranged=arranged)
+        weight_grad: Callable[..., tuple[Tensor, Tensor]] = _weight_grad
         if not ctx.direct:
             input_grad = _OPS.depthwise_conv_input_grad.default
             weight_grad = _OPS.depthwise_conv_weight_grad.default
@@ -118,7 +121,9 @@ def direct(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 for _name, _function in dict(
-    depthwise_conv=_forward, depthwise_conv_input_grad=_input_grad, depthwise_conv_weight_grad=_weight_grad
+    depthwise_conv=_forward,
+    depthwise_conv_input_grad=_input_grad,
+    depthwise_conv_weight_grad=_weight_grad,
 ).items():
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 _LIBRARY.impl("depthwise_conv", _differentiable, "Autograd")

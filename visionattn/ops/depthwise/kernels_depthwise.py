@@ -11,11 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def arrange_kernel(weight_ptr, out_ptr, C, TAPS: tl.constexpr, FLIP: tl.constexpr, BLOCK_C: tl.constexpr):
+def arrange_kernel(weight_ptr, out_ptr, C, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Weight ``[C, TAPS]`` as float32 ``[TAPS, C]``, so that neighbouring channels are loaded together."""
     tap, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    source = TAPS - 1 - tap if FLIP else tap
-    weight = tl.load(weight_ptr + c * TAPS + source, mask=c < C, other=0.0)
+    weight = tl.load(weight_ptr + c * TAPS + tap, mask=c < C, other=0.0)
     tl.store(out_ptr + tap * C + c, weight.to(tl.float32), mask=c < C)
 
 
@@ -49,9 +48,12 @@ def _tile(number, B, W, strips, ROWS: tl.constexpr, BLOCK_P: tl.constexpr):
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, r_sb, r_sh, r_sw, B, H, W, strips,
     x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Convolution, bias and residual of one tile. Programs that read the same rows are neighbours."""
+    """Convolution, bias and residual of one tile, FLIP with the kernel turned around, which gives the gradient.
+
+    Programs that read the same rows are neighbours.
+    """
     slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
     first, image, column, inside = _tile(tl.program_id(0) // slices, B, W, strips, ROWS, BLOCK_P)
@@ -69,7 +71,8 @@ def forward_kernel(
     for dx in tl.static_range(KW):
         there, taps = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W), ()
         for dy in tl.static_range(KH):
-            taps = taps + (_load(weight_ptr + (dy * KW + dx) * C + c, c < C, C, BLOCK_C)[None, :],)
+            tap: tl.constexpr = (KH - 1 - dy) * KW + KW - 1 - dx if FLIP else dy * KW + dx
+            taps = taps + (_load(weight_ptr + tap * C + c, c < C, C, BLOCK_C)[None, :],)
         for i in tl.static_range(ROWS + KH - 1):
             mask = (there & x_there[i])[:, None] & channels
             x = _float32(tl.load(x_rows[i] + (dx - KW // 2) * x_sw, mask=mask, other=0.0))

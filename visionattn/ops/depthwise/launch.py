@@ -10,7 +10,7 @@ from visionattn.ops.depthwise import kernels_depthwise
 ROWS = 4  # of a tile: more would take registers from other programs
 PROGRAMS = 396  # of the weight gradient at most, all slices together: three for each of 132 processors
 
-_forward, _weight_grad = Plans(), Plans()
+_arrange, _forward, _weight_grad = Plans(), Plans(), Plans()
 
 
 def _map(x: Tensor) -> Tensor:
@@ -39,29 +39,59 @@ class _Sizes:
         self.constants = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], **blocks)
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool) -> tuple[Launch, Launch]:
-    sizes, C, taps = _Sizes(x, x if residual is None else residual, weight, 1024), x.shape[3], weight[0].numel()
-    of_weight = dict(TAPS=taps, FLIP=flip, BLOCK_C=128)
-    arrange = Launch(kernels_depthwise.arrange_kernel, (taps, triton.cdiv(C, 128)), (C,), of_weight, num_warps=1)
-    constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None)
-    grid = (sizes.tiles * sizes.slices,)
-    return arrange, Launch(kernels_depthwise.forward_kernel, grid, sizes.integers, constants)
+def arrange(weight: Tensor) -> Tensor:
+    """Weight ``[C, 1, kh, kw]`` as float32 ``[taps, C]``, as ``forward`` wants it."""
+    C, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
+    key = weight.shape, weight.dtype, weight.device
+    launch = _arrange.get(key)
+    if launch is None:
+        constants = dict(TAPS=taps, BLOCK_C=128)
+        grid = taps, triton.cdiv(C, 128)
+        launch = _arrange.keep(key, Launch(kernels_depthwise.arrange_kernel, grid, (C,), constants, num_warps=1))
+    arranged = torch.empty((taps, C), dtype=torch.float32, device=weight.device)
+    launch(weight.contiguous(), arranged)
+    return arranged
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool = False) -> Tensor:
-    """``visionattn::depthwise_conv`` on the device."""
-    x, weight = _map(x), weight.contiguous()
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool) -> Launch:
+    sizes = _Sizes(x, x if residual is None else residual, weight, 1024)
+    constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
+    ordered = {name: constants[name] for name in kernels_depthwise.forward_kernel.arg_names if name in constants}
+    return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), sizes.integers, ordered)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    flip: bool = False,
+    arranged: Tensor | None = None,
+) -> Tensor:
+    """``visionattn::depthwise_conv`` on the device.
+
+    Args:
+        x: Map, ``[B, H, W, C]``.
+        weight: ``[C, 1, kh, kw]``.
+        bias: ``[C]``.
+        residual: Shape of ``x``.
+        flip: Convolve with the kernel turned around.
+        arranged: ``arrange(weight)``, if it is there already.
+
+    Returns:
+        ``[B, H, W, C]``, contiguous.
+    """
+    x = _map(x)
     dtype = x.dtype
     if residual is not None:
         residual = _map(residual)
         dtype = torch.promote_types(dtype, residual.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    kinds = weight.dtype, None if bias is None else bias.dtype
-    key = layout(x), weight.shape, kinds, None if residual is None else layout(residual), flip
-    arrange, convolve = _forward.get(key) or _forward.keep(key, _plan(x, weight, bias, residual, flip))
-    arranged = torch.empty((weight.shape[2] * weight.shape[3], x.shape[3]), dtype=torch.float32, device=x.device)
-    arrange(weight, arranged)
-    convolve(x, arranged, weight if bias is None else bias, x if residual is None else residual, out)
+    kind = None if bias is None else bias.dtype
+    key = layout(x), weight.shape, kind, None if residual is None else layout(residual), flip
+    launch = _forward.get(key) or _forward.keep(key, _plan(x, weight, bias, residual, flip))
+    arranged = arrange(weight) if arranged is None else arranged
+    launch(x, arranged, arranged if bias is None else bias, x if residual is None else residual, out)
     return out
 
 

@@ -180,7 +180,7 @@ def forward(
             check(query, key, value, index, q_region, kv_region)
         run = _forward_plans.keep(name, _plan_forward(_Shape(query, key, value, index, q_region, kv_region)))
     B, H, W, heads, _ = query.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty((B, heads, H, W), dtype=torch.float32, device=query.device)
     run(query, key, value, index, out, lse, scale)
     return out, lse
@@ -313,7 +313,7 @@ def backward(
         name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region), lse_grad)
     )
     saved = _Saved(out.contiguous(), lse, grad_out.contiguous(), lse if grad_lse is None else grad_lse.contiguous())
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     run((query, key, value), index, saved, grads, scale)
     return grads[0] * factor if factor != 1.0 else grads[0], grads[1], grads[2]
 
