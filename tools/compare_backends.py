@@ -1,8 +1,8 @@
 """Train a model on real digits with two backends of the operators, and draw both loss curves.
 
 Weights, order of the images and random numbers are the same for both; a third run with the second backend and another
-order shows how far apart two trainings are that differ in nothing of importance. On a GPU the backends are the Triton
-kernels and the eager form, elsewhere the eager form and the definition::
+order shows how far apart two trainings are that differ in nothing of importance. The backends are the Triton
+kernels (the eager form where there is no GPU) and the plain form in PyTorch that defines the operators::
 
     python tools/compare_backends.py --output outputs/backends
 
@@ -103,7 +103,7 @@ def main() -> None:
         parser.error(f"--steps, --batch and --size must be 1 or more, got {args.steps}, {args.batch}, {args.size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU; use --device cpu with a small --model, --steps and --size")
-    first, second = ("triton", "eager") if args.device == "cuda" else ("eager", "reference")
+    first, second = "triton" if args.device == "cuda" else "eager", "reference"
     runs = {
         first: (first, args.seed),
         second: (second, args.seed),

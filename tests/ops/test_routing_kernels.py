@@ -1,5 +1,7 @@
 """The Triton kernels of the routing operators, without a GPU in Triton's interpreter, against the reference."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import assert_close
@@ -104,6 +106,25 @@ def test_two_runs_are_equal(name):
     index = tables(**case, entries="missing and repeated")
     first, second = (results(case, index, torch.float32, torch.float32, "triton") for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["small_regions", "odd_tiny_regions"])
+def test_search_finds_tiles_that_work(name, monkeypatch, caplog):
+    from visionattn.ops.routing import launch, tiles
+
+    monkeypatch.setenv("VISIONATTN_AUTOTUNE", "1")
+    if DEVICE == "cpu":  # the interpreter's times mean nothing: take the last candidate
+        order = itertools.count()
+        monkeypatch.setattr(tiles, "searching", lambda device: True)
+        monkeypatch.setattr(tiles, "milliseconds", lambda run: (run(), -next(order))[1])
+    plans = launch._forward_plans, launch._backward_plans
+    for plan in plans:
+        plan.clear()
+    with caplog.at_level("INFO", logger="visionattn"):
+        compare(CASES[name], tables(**CASES[name]), torch.float16)
+    for plan in plans:
+        plan.clear()
+    assert sum("fastest of" in message for message in caplog.messages) == 3
 
 
 def test_float64_and_wide_heads_take_the_eager_form():

@@ -8,6 +8,7 @@ logger ``visionattn``.
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,11 @@ def candidates(tile: Tile) -> list[Tile]:
     return list(dict.fromkeys(found))
 
 
+def milliseconds(run: Callable[[], None]) -> float:
+    """Time of a launch on the device."""
+    return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
+
+
 class Search:
     """Stands for a ``Launch``: the first call times that of every tile, later ones take the fastest."""
 
@@ -91,7 +97,7 @@ class Search:
             for tile in self._tiles:
                 launch = self._prepare(tile)
                 try:
-                    times[tile] = triton.testing.do_bench(lambda run=launch: run(*args), warmup=5, rep=20)
+                    times[tile] = milliseconds(partial(launch, *args))
                 except triton.runtime.errors.OutOfResources:  # too large for this GPU
                     continue
                 launches[tile] = launch
