@@ -71,8 +71,11 @@ def forward_kernel(
     for dx in tl.static_range(KW):
         there, taps = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W), ()
         for dy in tl.static_range(KH):
-            tap: tl.constexpr = (KH - 1 - dy) * KW + KW - 1 - dx if FLIP else dy * KW + dx
-            taps = taps + (_load(weight_ptr + tap * C + c, c < C, C, BLOCK_C)[None, :],)
+            if FLIP:
+                tap_ptr = weight_ptr + ((KH - 1 - dy) * KW + KW - 1 - dx) * C
+            else:
+                tap_ptr = weight_ptr + (dy * KW + dx) * C
+            taps = taps + (_load(tap_ptr + c, c < C, C, BLOCK_C)[None, :],)
         for i in tl.static_range(ROWS + KH - 1):
             mask = (there & x_there[i])[:, None] & channels
             x = _float32(tl.load(x_rows[i] + (dx - KW // 2) * x_sw, mask=mask, other=0.0))

@@ -272,7 +272,7 @@ def _plan_dense_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
         kernels_dense.dense_query_grad_kernel, s.B * s.heads, s.dense_integers(), tile,
         BLOCK_M=tile.rows, LSE_GRAD=lse_grad, **constants,
     ))  # fmt: skip
-    largest = 32 * s.TK  # a tile of keys needs at most 32 bits of the masks
+    largest = 1 << (32 * s.TK).bit_length() - 1  # a tile of keys needs at most 32 bits of the masks
     key_grad = s.tuned("dense_key_grad", s.tile("dense_key_grad", s.N, min(s.NK, largest)), lambda tile: s.prepare(
         kernels_dense.dense_key_grad_kernel, s.B * s.heads * triton.cdiv(s.NK, min(tile.columns, largest)),
         s.dense_integers(), tile, BLOCK_M=tile.rows, BLOCK_N=min(tile.columns, largest), **constants,
