@@ -71,10 +71,7 @@ def forward_kernel(
     for dx in tl.static_range(KW):
         there, taps = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W), ()
         for dy in tl.static_range(KH):
-            if FLIP:
-                tap_ptr = weight_ptr + ((KH - 1 - dy) * KW + KW - 1 - dx) * C
-            else:
-                tap_ptr = weight_ptr + (dy * KW + dx) * C
+            tap_ptr = weight_ptr + (KH * KW - 1 - dy * KW - dx if FLIP else dy * KW + dx) * C
             taps = taps + (_load(tap_ptr + c, c < C, C, BLOCK_C)[None, :],)
         for i in tl.static_range(ROWS + KH - 1):
             mask = (there & x_there[i])[:, None] & channels
