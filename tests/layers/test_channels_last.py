@@ -171,3 +171,15 @@ def test_stem_works_channels_last_on_a_gpu_alone(device, expected):
         stem = ChannelsLast(nn.Conv2d(3, 8, 3, padding=1, device=device), nn.BatchNorm2d(8, device=device))
         out = stem(torch.randn(2, 3, 16, 16, device=device))
     assert out.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+def test_hooks_on_all_modules_see_the_call(served):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    norm = nn.LayerNorm(12)
+    try:
+        normalize(norm, torch.randn(X))
+    finally:
+        handle.remove()
+    assert seen == [norm]
+    assert not served

@@ -11,6 +11,7 @@ import timm.layers
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm
 
@@ -23,6 +24,7 @@ def _bare(module: nn.Module, x: Tensor) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 

@@ -44,9 +44,7 @@ class Launch:
             self._options["maxnreg"] = registers
         names = kernel.arg_names[-len(constants) :] if constants else []
         self._tail = (*integers, *(constants[name] for name in names))
-        self._run: Any = None  # of the binary: takes grid, stream, function and arguments
-        self._head: tuple[Any, ...] = ()
-        self._alignment = 0
+        self._ready: tuple[Any, ...] = ()  # alignment, function that launches the binary, its first arguments
 
     def __call__(self, first: Tensor, *rest: Any) -> None:
         """Launch on the current stream of ``first``'s device, with tensors and floats in the kernel's order."""
@@ -58,21 +56,25 @@ class Launch:
 
     def _launch(self, args: tuple[Any, ...]) -> None:
         alignment = 0
-        values = []  # addresses as numbers spare the launcher a look at each tensor
+        values: list[Any] = []  # addresses as numbers spare the launcher a look at each tensor
         for x in args:
             if isinstance(x, Tensor):
-                x = x.data_ptr()
-                alignment = alignment << 1 | (x & 15 != 0)
-            values.append(x)
-        if self._run is not None and alignment == self._alignment and not _watched():
+                address = x.data_ptr()
+                alignment = alignment << 1 | (address & 15 != 0)
+                values.append(address)
+            else:
+                values.append(float(x))  # of an integer Triton would make a constant
+        ready = self._ready  # read once: another thread may replace it
+        if ready and ready[0] == alignment and not _watched():
             stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-            self._run(*self._grid, stream, *self._head, *values, *self._tail)
+            ready[1](*self._grid, stream, *ready[2], *values, *self._tail)
             return
+        args = tuple(x if isinstance(x, Tensor) else float(x) for x in args)
         compiled = self._kernel[self._grid](*args, *self._integers, **self._options)
         if isinstance(compiled, triton.compiler.CompiledKernel):  # the interpreter returns nothing
-            self._alignment, self._run = alignment, compiled.run
             # what Triton's own launch passes on, without the hooks of its profiler
-            self._head = (compiled.function, compiled.packed_metadata, None, None, None)
+            head = compiled.function, compiled.packed_metadata, None, None, None
+            self._ready = alignment, compiled.run, head
 
 
 def _watched() -> bool:
@@ -91,7 +93,7 @@ class Plans(dict[Any, Any]):
     def keep(self, key: Any, plan: Any) -> Any:
         """Remember ``plan``, forgetting the oldest if there are too many, and return it."""
         if len(self) >= self._limit:
-            del self[next(iter(self))]
+            self.pop(next(iter(self)), None)
         self[key] = plan
         return plan
 

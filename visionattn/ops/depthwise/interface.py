@@ -21,6 +21,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(
             f"depthwise_conv wants residual in the shape of x, got {tuple(residual.shape)} and {tuple(x.shape)}"
         )
+    devices = {y.device for y in (x, weight, bias, residual) if y is not None}
+    if len(devices) > 1:
+        raise ValueError(f"depthwise_conv wants all tensors on one device, got {sorted(map(str, devices))}")
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -29,7 +32,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, residu
     Args:
         x: Map, ``[B, H, W, C]``, any float dtype; any strides, so slices of a packed projection go in as they are.
         weight: ``[C, 1, kh, kw]``, the parameter of a depthwise ``nn.Conv2d``, with odd sides; its dtype may be another
-            than that of ``x``.
+            than that of ``x`` where a kernel runs.
         bias: ``[C]``.
         residual: Added to the result, shape of ``x``, any strides; it may be ``x`` itself.
 
@@ -46,6 +49,6 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, residu
             return torch.ops.visionattn.depthwise_conv(x.to(autocast_dtype(x)), weight, bias, residual)
         return reference.depthwise_conv(x, weight, bias, residual)
     _check(x, weight, bias, residual)
-    if launches(x) and eager.serves(x, weight, bias, residual) and weight.device == x.device and x.numel() > 0:
+    if launches(x) and eager.serves(x, weight, bias, residual) and x.numel() > 0:
         return eager.direct(x.to(autocast_dtype(x)), weight, bias, residual)
     return reference.depthwise_conv(x, weight, bias, residual)

@@ -91,7 +91,7 @@ def forward(
     key = layout(x), weight.shape, kind, None if residual is None else layout(residual), flip
     launch = _forward.get(key) or _forward.keep(key, _plan(x, weight, bias, residual, flip))
     arranged = arrange(weight) if arranged is None else arranged
-    launch(x, arranged, arranged if bias is None else bias, x if residual is None else residual, out)
+    launch(x, arranged, arranged if bias is None else bias.contiguous(), x if residual is None else residual, out)
     return out
 
 

@@ -36,7 +36,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     Args:
         x: ``[..., C]``, any float dtype; channels-last maps and slices of a packed projection go in as they are.
-        weight: ``[C]``; its dtype may be another than that of ``x``.
+        weight: ``[C]``; its dtype may be another than that of ``x`` where a kernel runs.
         bias: ``[C]``.
         eps: Added to the variance.
 

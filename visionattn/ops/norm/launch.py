@@ -50,6 +50,7 @@ def forward(
     Returns:
         The sum (``x`` itself without ``delta``), its norm in ``dtype``, and with ``save`` what a backward pass needs.
     """
+    weight, bias = weight.contiguous(), bias.contiguous()
     shape, C, add = x.shape, x.shape[-1], delta is not None
     x, N = _rows(x), x.numel() // C
     other = x if delta is None else _rows(delta)
@@ -83,7 +84,7 @@ def backward(
     Returns:
         The gradients; that of the rows has the shape of ``grad`` and the dtype of the rows.
     """
-    x, C = saved.rows, grad.shape[-1]
+    x, C, weight = saved.rows, grad.shape[-1], weight.contiguous()
     dx = torch.empty(grad.shape, dtype=x.dtype, device=x.device)
     grad, N = _rows(grad), grad.numel() // C
     other = grad if grad_sum is None else _rows(grad_sum)

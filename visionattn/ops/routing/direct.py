@@ -4,7 +4,6 @@ Where something has to see the calls (a compiler, an exporter, a dispatch mode) 
 both launch the same kernels.
 """
 
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -36,9 +35,8 @@ class _RoutedAttention(torch.autograd.Function):
         q_region: tuple[int, int],
         kv_region: tuple[int, int],
         scale: float,
-        check: Callable[..., None],
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _launch().forward(query, key, value, index, q_region, kv_region, scale, check)
+        out, lse = _launch().forward(query, key, value, index, q_region, kv_region, scale)
         ctx.save_for_backward(query, key, value, index, out, lse)
         ctx.rest = q_region, kv_region, scale
         ctx.set_materialize_grads(False)
@@ -49,9 +47,9 @@ class _RoutedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * 8
+                return (None,) * 7
             grad_out = torch.zeros_like(ctx.saved_tensors[4])
-        return (*_launch().backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None)
+        return (*_launch().backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
 
 
 def routed_attention(
@@ -62,22 +60,20 @@ def routed_attention(
     q_region: tuple[int, int],
     kv_region: tuple[int, int],
     scale: float,
-    check: Callable[..., None],
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp, or None where this way is not open.
-
-    ``check`` is called with all but the scale where shapes, strides and dtypes come for the first time.
-    """
-    if not launches(query) or query.dim() != 5 or index.dim() != 4 or not query.dtype == key.dtype == value.dtype:
+    """Output and log-sum-exp, or None where this way is not open."""
+    if not launches(query) or not query.dim() == key.dim() == value.dim() == 5 or index.dim() != 4:
+        return None
+    if not query.dtype == key.dtype == value.dtype or len(kv_region) != 2:
         return None
     dtype = autocast_dtype(query)
     if dtype != query.dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not _launch().serves(query, index):
+    if not _launch().serves(query, key, value, index, kv_region):
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _RoutedAttention.apply(query, key, value, index, q_region, kv_region, scale, check)
-    return _launch().forward(query, key, value, index, q_region, kv_region, scale, check)
+        return _RoutedAttention.apply(query, key, value, index, q_region, kv_region, scale)
+    return _launch().forward(query, key, value, index, q_region, kv_region, scale)
 
 
 def region_mean(x: Tensor, region: tuple[int, int]) -> Tensor | None:

@@ -213,7 +213,7 @@ def routed_attention(
     if use_triton(query):
         from visionattn.ops.routing import launch
 
-        if launch.serves(query, index):
+        if launch.serves(query, key, value, index, kv_region):
             return launch.forward(query, key, value, index, q_region, kv_region, scale)
     B, H, W, heads, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -280,7 +280,7 @@ def routed_attention_backward(
     if use_triton(query):
         from visionattn.ops.routing import launch
 
-        if launch.serves(query, index):
+        if launch.serves(query, key, value, index, kv_region):
             return launch.backward(grad_out, grad_lse, query, key, value, index, out, lse, q_region, kv_region, scale)
     B, heads, d = query.shape[0], query.shape[3], query.shape[4]
     dtype = lse.dtype

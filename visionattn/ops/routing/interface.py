@@ -5,14 +5,7 @@ from torch import Tensor
 
 from visionattn.ops._dispatch import use_reference
 from visionattn.ops.routing import direct, eager, reference
-
-
-def _check_region(name: str, region: tuple[int, int], H: int, W: int) -> None:
-    if region[0] < 1 or region[1] < 1 or H % region[0] != 0 or W % region[1] != 0:
-        raise ValueError(
-            f"{name}={region} must divide the map, got H={H}, W={W}; "
-            "pad first, for example with visionattn.ops.pad_to_multiple"
-        )
+from visionattn.ops.routing.checks import check_attention, check_region
 
 
 def region_mean(x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -21,6 +14,8 @@ def region_mean(x: Tensor, region: tuple[int, int]) -> Tensor:
     Args:
         x: Map, ``[B, H, W, C]``, any float dtype.
         region: Height and width of one region in pixels of the map; must divide ``H`` and ``W``.
+
+    The kernels on a GPU sum by a matrix product: a value that is not finite may reach the means of other regions.
 
     Returns:
         One descriptor per region, ``[B, P, C]``, row by row over the grid, in float32 (float64 for float64 input):
@@ -34,7 +29,7 @@ def region_mean(x: Tensor, region: tuple[int, int]) -> Tensor:
     if not torch.compiler.is_compiling():  # sizes may be symbols there, and a check would fix them
         if x.dim() != 4:
             raise ValueError(f"region_mean wants x [B, H, W, C], got shape {tuple(x.shape)}")
-        _check_region("region", region, x.shape[1], x.shape[2])
+        check_region("region", region, x.shape[1], x.shape[2])
     if use_reference():
         return reference.region_mean(x, region)
     out = None if torch.compiler.is_compiling() else direct.region_mean(x, region)
@@ -67,6 +62,8 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
             )
         if query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
             raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} differ in batch, heads or channels")
+        if query.device != key.device:
+            raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
         if not 1 <= topk <= key.shape[-2]:
             raise ValueError(f"topk={topk} must lie in [1, {key.shape[-2]}], the number of key regions")
     query, key = query.detach(), key.detach()
@@ -77,35 +74,6 @@ def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
         return reference.topk_regions(query, key, topk)
     index = None if torch.compiler.is_compiling() else direct.topk_regions(query, key, topk)
     return index if index is not None else torch.ops.visionattn.topk_regions(query, key, topk)
-
-
-def _check_attention(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, q_region: tuple[int, int], kv_region: tuple[int, int]
-) -> None:
-    if query.dim() != 5 or key.dim() != 5 or key.shape != value.shape:
-        raise ValueError(
-            "query must be [B, H, W, heads, head_dim] and key and value alike, "
-            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
-    if query.shape[0] != key.shape[0] or query.shape[3:] != key.shape[3:]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or head_dim")
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise ValueError(f"query, key, value must share one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
-    if not query.device == key.device == value.device == index.device:
-        raise ValueError(
-            "query, key, value and index must be on one device, "
-            f"got {query.device}, {key.device}, {value.device}, {index.device}"
-        )
-    _check_region("q_region", q_region, query.shape[1], query.shape[2])
-    _check_region("kv_region", kv_region, key.shape[1], key.shape[2])
-    regions = (query.shape[1] // q_region[0]) * (query.shape[2] // q_region[1])
-    if index.dim() != 4 or index.dtype != torch.int32:
-        raise ValueError(f"index must be int32 [B, 1 or heads, P_q, K], got {index.dtype} {tuple(index.shape)}")
-    if index.shape[0] != query.shape[0] or index.shape[1] not in (1, query.shape[3]) or index.shape[2] != regions:
-        raise ValueError(
-            f"index must be [{query.shape[0]}, 1 or {query.shape[3]}, {regions}, K] for this query, "
-            f"got {tuple(index.shape)}"
-        )
 
 
 def routed_attention(
@@ -139,6 +107,9 @@ def routed_attention(
     Raises:
         ValueError: Shapes, dtypes or regions that do not fit, or (on CPU) a table entry outside ``[-1, P_k)``.
 
+    The kernels on a GPU want finite values: at small maps with small regions those of regions that no list names are
+    multiplied by 0.
+
     Reference: BiFormer, arXiv:2303.08810, equations 5 and 6.
     """
     if kv_region is None:
@@ -148,10 +119,10 @@ def routed_attention(
     if torch.jit.is_scripting():
         return torch.ops.visionattn.routed_attention(query, key, value, index, q_region, kv_region, scale)
     if not torch.compiler.is_compiling():
-        result = direct.routed_attention(query, key, value, index, q_region, kv_region, scale, _check_attention)
+        result = direct.routed_attention(query, key, value, index, q_region, kv_region, scale)
         if result is not None:
             return result
-        _check_attention(query, key, value, index, q_region, kv_region)
+        check_attention(query, key, value, index, q_region, kv_region)
     if use_reference():
         if not torch.compiler.is_compiling():
             eager.check_table(index, (key.shape[1] // kv_region[0]) * (key.shape[2] // kv_region[1]))

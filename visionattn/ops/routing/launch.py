@@ -1,5 +1,6 @@
 """Launching the Triton kernels of the routing operators: which program family serves a shape, and its tile sizes."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,36 +10,44 @@ from torch import Tensor
 
 from visionattn.ops._launch import Launch, Plans, layout
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, tiles
-from visionattn.ops.routing.tiles import Tile
+from visionattn.ops.routing.checks import check_attention
+from visionattn.ops.routing.tiles import Tile, block
 
 DENSE_TOKENS, DENSE_REGIONS = 256, 64  # largest map that one program holds, and regions that a bit mask has
 DENSE_BYTES = 32768  # of its keys in one program; shared memory must hold these and the values
-MAX_REGIONS = 65535  # what an entry of the inverted list can name
+MAX_REGIONS = 32767  # what an entry of the inverted list can name, and count
+MAX_TABLES = 65535  # programs along the second axis of a grid
 MAX_HEAD_DIM = 128
 
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
 _forward_plans, _backward_plans, _table_plans = Plans(), Plans(), Plans()
 
 
-def serves(query: Tensor, index: Tensor) -> bool:
+def _addressable(x: Tensor) -> bool:
+    """Whether offsets inside one image fit into 31 bits."""
+    return x.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) < 2**31
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, index: Tensor, kv_region: Sequence[int]) -> bool:
     """Whether there is a kernel for these tensors."""
+    B, tables, P, K = index.shape
+    key_regions = key.shape[1] * key.shape[2] // max(1, kv_region[0] * kv_region[1])
     return (
         query.dtype in _SERVED
         and query.shape[4] <= MAX_HEAD_DIM
-        and max(index.shape[2:]) <= MAX_REGIONS
+        and max(P, K, key_regions) <= MAX_REGIONS
+        and B * tables <= MAX_TABLES
         and query.numel() > 0
         and index.numel() > 0
+        and _addressable(query)
+        and _addressable(key)
+        and _addressable(value)
     )
 
 
 def _log2(n: int) -> int:
     """Exponent of a power of two, -1 for other numbers."""
     return n.bit_length() - 1 if n & (n - 1) == 0 else -1
-
-
-def _block(n: int, largest: int) -> int:
-    """Smallest side of a tile that holds ``n`` and that matrix instructions take, but no more than ``largest``."""
-    return min(largest, max(16, triton.next_power_of_2(n)))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -70,7 +79,7 @@ class _Shape:
         self.strides = tuple(s for x in (query, key, value) for s in x.stride()[:4])
         self.block_d = max(16, triton.next_power_of_2(self.D))
         self.dense = (
-            self.NK <= DENSE_TOKENS
+            max(self.NK, self.N // 4) <= DENSE_TOKENS  # one program walks over all queries
             and self.PK <= DENSE_REGIONS
             and self.T < 16
             and self.P * self.K <= 4096
@@ -167,17 +176,15 @@ def forward(
     q_region: Sequence[int],
     kv_region: Sequence[int],
     scale: float,
-    check: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``visionattn::routed_attention`` on the device; ``check`` sees the tensors where the call's signature is new."""
+    """``visionattn::routed_attention`` on the device; arguments are checked where their signature is new."""
     if scale <= 0:  # the kernels find the maximum before they scale
         query, scale = query * scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
-    name = (layout(query), layout(key), layout(value), layout(index), *q_region, *kv_region)
+    name = (layout(query), layout(key), layout(value), layout(index), tuple(q_region), tuple(kv_region))
     run = _forward_plans.get(name)
     if run is None:
-        if check is not None:
-            check(query, key, value, index, q_region, kv_region)
+        check_attention(query, key, value, index, q_region, kv_region)
         run = _forward_plans.keep(name, _plan_forward(_Shape(query, key, value, index, q_region, kv_region)))
     B, H, W, heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -308,7 +315,7 @@ def backward(
         query, factor, scale = query * scale, scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
     lse_grad = grad_lse is not None
-    name = (layout(query), layout(key), layout(value), layout(index), *q_region, *kv_region, lse_grad)
+    name = (layout(query), layout(key), layout(value), layout(index), tuple(q_region), tuple(kv_region), lse_grad)
     run = _backward_plans.get(name) or _backward_plans.keep(
         name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region), lse_grad)
     )
@@ -322,7 +329,7 @@ def _plan_region_mean(x: Tensor, region: Sequence[int]) -> tuple[Launch, tuple[i
     B, H, W, C = x.shape
     rh, rw = region
     regions = (H // rh) * (W // rw)
-    block_c = _block(C, 128)
+    block_c = block(C, 128)
     block_t = min(64, triton.next_power_of_2(rh * rw))
     block_r = min(16, 64 // block_t)
     block_t = max(block_t, 16 // block_r)
@@ -345,17 +352,18 @@ def region_mean(x: Tensor, region: Sequence[int]) -> Tensor:
 
 def serves_topk(query: Tensor, key: Tensor) -> bool:
     """Whether there is a kernel for these descriptors."""
-    return key.shape[-2] <= 256 and query.numel() > 0 and query.dtype != torch.float64
+    batch = math.prod(query.shape[:-2])
+    return key.shape[-2] <= 256 and 0 < batch <= MAX_TABLES and query.numel() > 0 and query.dtype != torch.float64
 
 
 def _plan_topk(query: Tensor, key: Tensor, topk: int) -> tuple[Launch, tuple[int, ...]]:
     (batch, P, C), PK = query.shape, key.shape[1]
     integers = (*query.stride()[:2], *key.stride()[:2], C, P, PK, topk)
     # three products of halves of float32 are as exact as one of the whole and use the matrix units
-    blocks = dict(BLOCK_P=16, BLOCK_PK=_block(PK, 256), BLOCK_C=_block(C, 64), PRECISION="tf32x3")
+    blocks = dict(BLOCK_P=16, BLOCK_PK=block(PK, 256), BLOCK_C=block(C, 64), PRECISION="tf32x3")
     tiles = triton.cdiv(P, 16)
     launch = Launch(kernels_tables.topk_kernel, (tiles, batch), integers, blocks)
-    return launch, (batch, 16 * tiles, _block(PK, 256))
+    return launch, (batch, 16 * tiles, block(PK, 256))
 
 
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:

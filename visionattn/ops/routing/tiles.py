@@ -40,28 +40,31 @@ _TUNED = {
 }
 
 
-def _block(n: int, largest: int) -> int:
+def block(n: int, largest: int) -> int:
+    """Smallest side of a tile that holds ``n`` and that matrix instructions take, but no more than ``largest``."""
     return min(largest, max(16, triton.next_power_of_2(n)))
 
 
-def _rule(kernel: str, rows: int, columns: int) -> Tile:
+def _rule(kernel: str, rows: int, columns: int, row_bytes: int) -> Tile:
     """Four warps for 64 x 64 scores, fewer for less, no pipeline for walks of about a step."""
+    if row_bytes > 256:  # rows of queries and keys must fit into 99 KiB of shared memory
+        rows, columns = min(rows, 32), min(columns, 16)
     if kernel == "query_grad" and rows <= 16:
         columns = min(columns, 32)
     if kernel == "key_grad" and columns <= 16:
         rows = min(rows, 32)
-    m, n = _block(rows, 64), _block(columns, 64)
+    m, n = block(rows, 64), block(columns, 64)
     stages = 1 if kernel == "one_pass" or (kernel == "forward" and n >= columns) or kernel.startswith("dense_q") else 2
     return Tile(m, n, max(1, min(4, m * n // 1024)), stages)
 
 
 def choose(kernel: str, rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """Tile for ``rows`` query and ``columns`` key rows, of which the kernel holds one kind and walks over the other."""
-    rule = _rule(kernel, rows, columns)
+    rule = _rule(kernel, rows, columns, head_dim * dtype.itemsize)
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    for (name, dim, size, digit, least), tile in _TUNED.items():
+    for (name, dim, size, capability, least), tile in _TUNED.items():
         fits = rows >= tile.rows and columns >= max(least, tile.columns)
-        if (name, size, digit) == (kernel, dtype.itemsize, major) and head_dim <= dim and fits:
+        if (name, size, capability) == (kernel, dtype.itemsize, major) and head_dim <= dim and fits:
             return tile
     return rule
 
@@ -92,19 +95,26 @@ class Search:
     def __call__(self, *args: Any) -> None:
         """Launch with ``args``; kernels write only results, so that running several does no harm."""
         if self._best is None:
-            times: dict[Tile, float] = {}
-            launches: dict[Tile, Launch] = {}
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # no place for measuring
+                self._prepare(self._tiles[0])(*args)
+                return
+            self._best = self._search(args)
+        self._best(*args)
+
+    def _search(self, args: tuple[Any, ...]) -> Launch:
+        found: list[tuple[float, Tile, Launch]] = []
+        with torch.cuda.device(args[0].device if args[0].is_cuda else -1):
             for tile in self._tiles:
                 launch = self._prepare(tile)
                 try:
-                    times[tile] = milliseconds(partial(launch, *args))
-                except triton.runtime.errors.OutOfResources:  # too large for this GPU
-                    continue
-                launches[tile] = launch
-            best = min(times, key=lambda tile: times[tile])
-            logger.info("%s: fastest of %d is %s, %.3f ms", self._kernel, len(times), best, times[best])
-            self._best = launches[best]
-        self._best(*args)
+                    found.append((milliseconds(partial(launch, *args)), tile, launch))
+                except Exception as error:  # too large for this GPU, or for its compiler
+                    logger.info("%s: %s does not work: %s", self._kernel, tile, error)
+        if not found:
+            raise RuntimeError(f"no tile of {len(self._tiles)} works for {self._kernel}; unset VISIONATTN_AUTOTUNE")
+        time, tile, launch = min(found, key=lambda entry: entry[0])
+        logger.info("%s: fastest of %d is %s, %.3f ms", self._kernel, len(found), tile, time)
+        return launch
 
 
 def searching(device: torch.device) -> bool:

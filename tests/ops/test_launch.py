@@ -1,0 +1,85 @@
+"""Prepared launches: what reaches the kernel, and what is checked before."""
+
+import pytest
+import torch
+
+from visionattn.ops import depthwise_conv, layer_norm, routed_attention, use_backend
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Recorder:
+    """Stands for a kernel and keeps the arguments of its launches."""
+
+    arg_names = ("x", "scale", "n", "BLOCK")
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.calls.append((grid, args, options))
+
+
+def test_numbers_arrive_as_floats_and_sizes_as_integers():
+    from visionattn.ops._launch import Launch
+
+    kernel, x = Recorder(), torch.zeros(4, device=DEVICE)
+    Launch(kernel, (2,), (3,), dict(BLOCK=16), num_warps=1)(x, 1)
+    ((grid, args, options),) = kernel.calls
+    assert grid == (2, 1, 1)
+    assert args[0] is x
+    assert args[1:] == (1.0, 3)
+    assert type(args[1]) is float  # Triton would make a constant of the integer 1
+    assert type(args[2]) is int
+    assert options == dict(BLOCK=16, num_warps=1, num_stages=2)
+
+
+def test_plans_forget_the_oldest():
+    from visionattn.ops._launch import Plans
+
+    plans = Plans(limit=2)
+    for key in "abc":
+        plans.keep(key, key)
+    assert list(plans) == ["b", "c"]
+
+
+@pytest.mark.parametrize("scale", [1, 0.125, 2])
+def test_scale_may_be_an_integer(scale):
+    q, k, v = torch.randn(3, 1, 8, 8, 1, 16, device=DEVICE)
+    index = torch.zeros(1, 1, 4, 1, dtype=torch.int32, device=DEVICE)
+    with use_backend("triton"):
+        actual, _ = routed_attention(q, k, v, index, (4, 4), scale=scale)
+    with use_backend("reference"):
+        expected, _ = routed_attention(q, k, v, index, (4, 4), scale=scale)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_table_is_refused_however_it_comes():
+    q = torch.randn(1, 8, 8, 1, 16, device=DEVICE)
+    index = torch.zeros(1, 1, 2, 1, dtype=torch.int32, device=DEVICE)
+    with use_backend("triton"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="index must be"):
+                torch.ops.visionattn.routed_attention(q, q, q, index, (4, 4), (4, 4), 1.0)
+            with pytest.raises(ValueError, match="index must be"):
+                routed_attention(q, q, q, index, (4, 4))
+    with pytest.raises(ValueError, match="height and a width"):
+        routed_attention(q, q, q, index, (4,))
+
+
+def test_parameters_may_be_slices():
+    pairs = torch.randn(8, 2, device=DEVICE)
+    x, kernel = torch.randn(2, 5, 7, 8, device=DEVICE), torch.randn(8, 1, 3, 3, device=DEVICE)
+    calls = [lambda: layer_norm(x, pairs[:, 0], pairs[:, 1]), lambda: depthwise_conv(x, kernel, pairs[:, 1])]
+    for call in calls:
+        with use_backend("triton"):
+            actual = call()
+        with use_backend("reference"):
+            torch.testing.assert_close(actual, call(), rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_of_a_convolution_must_be_on_one_device():
+    x, kernel = torch.randn(1, 5, 7, 8, device=DEVICE), torch.randn(8, 1, 3, 3, device=DEVICE)
+    with pytest.raises(ValueError, match="one device"):
+        depthwise_conv(x, kernel, torch.zeros(8, device="meta"))
