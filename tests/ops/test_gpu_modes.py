@@ -74,7 +74,8 @@ def test_one_compiled_graph_serves_all_batches(kind, device, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     rel = 1e-5 if kind is Operators else 1e-3  # normalisation over a batch of few values amplifies rounding
-    for n, stance in ((2, "default"), (3, "fail_on_recompile"), (5, "fail_on_recompile")):
+    # at least 3 images: of 2, batch norm over a map of one pixel leaves nothing but their order, and no gradient
+    for n, stance in ((4, "default"), (3, "fail_on_recompile"), (5, "fail_on_recompile")):
         x = batch(kind, n, device)
         torch._dynamo.mark_dynamic(x, 0)
         with torch.compiler.set_stance(stance):
