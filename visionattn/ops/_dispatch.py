@@ -10,7 +10,10 @@ The choice comes from the environment variable ``VISIONATTN_BACKEND`` and can be
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,6 +76,12 @@ def launches(x: torch.Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+@cache
+def launcher(family: str) -> ModuleType:
+    """``launch.py`` of a family of operators, imported when a kernel is to run: it needs Triton."""
+    return import_module(f"visionattn.ops.{family}.launch")
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.ops._dispatch import use_triton
+from visionattn.ops._dispatch import launcher, use_triton
 from visionattn.ops.depthwise import reference
 
 MAX_KERNEL = 7
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@cache
-def _launch() -> ModuleType:
-    from visionattn.ops.depthwise import launch  # Triton is imported when a kernel is to run
-
-    return launch
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -38,7 +30,7 @@ def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if _runs_kernel(x, weight, bias, residual):
-        return _launch().forward(x, weight, bias, residual)
+        return launcher("depthwise").forward(x, weight, bias, residual)
     with torch.autocast(x.device.type, enabled=False):
         bias = None if bias is None else bias.to(x.dtype)
         out = reference.depthwise_conv(x, weight.to(x.dtype), bias, residual)
@@ -47,13 +39,13 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
 
 def _input_grad(grad: Tensor, weight: Tensor, add: bool, arranged: Tensor | None = None) -> Tensor:
     if _runs_kernel(grad, weight, None, None):
-        return _launch().forward(grad, weight, None, grad if add else None, flip=True, arranged=arranged)
+        return launcher("depthwise").forward(grad, weight, None, grad if add else None, flip=True, arranged=arranged)
     return _forward(grad, weight.flip(2, 3), None, grad if add else None)
 
 
 def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if _runs_kernel(x, weight, bias, grad):
-        dweight, dbias = _launch().weight_grad(grad, x, weight, bias)
+        dweight, dbias = launcher("depthwise").weight_grad(grad, x, weight, bias)
         return dweight, weight.new_empty(0) if dbias is None else dbias
     grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2).to(grad.dtype)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
@@ -78,12 +70,12 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, direct: bool
     ) -> Tensor:
-        arranged = _launch().arrange(weight) if direct else None
+        arranged = launcher("depthwise").arrange(weight) if direct else None
         ctx.save_for_backward(x, weight, bias, arranged)
         ctx.residual = None if residual is None else residual.dtype
         ctx.on_itself, ctx.direct = residual is x, direct
         if direct:
-            return _launch().forward(x, weight, bias, residual, arranged=arranged)
+            return launcher("depthwise").forward(x, weight, bias, residual, arranged=arranged)
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS.depthwise_conv.default(x, weight, bias, residual)
 
@@ -117,7 +109,7 @@ def direct(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     """The operator where a kernel serves it and nothing has to see the call."""
     if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias, residual)):
         return _DepthwiseConv.apply(x, weight, bias, residual, True)
-    return _launch().forward(x, weight, bias, residual)
+    return launcher("depthwise").forward(x, weight, bias, residual)
 
 
 for _name, _function in dict(

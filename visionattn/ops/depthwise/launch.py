@@ -56,8 +56,7 @@ def arrange(weight: Tensor) -> Tensor:
 def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool) -> Launch:
     sizes = _Sizes(x, x if residual is None else residual, weight, 1024)
     constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
-    ordered = {name: constants[name] for name in kernels_depthwise.forward_kernel.arg_names if name in constants}
-    return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), sizes.integers, ordered)
+    return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), sizes.integers, constants)
 
 
 def forward(

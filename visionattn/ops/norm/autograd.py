@@ -4,20 +4,13 @@ No operator is registered with PyTorch: where a compiler or an exporter looks on
 which they fuse with its neighbours, and here a call past the dispatcher saves half of its host time.
 """
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-@cache
-def _launch() -> ModuleType:
-    from visionattn.ops.norm import launch  # Triton is imported when a kernel is to run
-
-    return launch
+from visionattn.ops._dispatch import launcher
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -27,7 +20,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
     ) -> Tensor | tuple[Tensor, Tensor]:
-        total, out, saved = _launch().forward(x, delta, weight, bias, eps, dtype, save=True)
+        total, out, saved = launcher("norm").forward(x, delta, weight, bias, eps, dtype, save=True)
         ctx.save_for_backward(*saved, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.x_dtype, ctx.delta_dtype = x.dtype, None if delta is None else delta.dtype
@@ -40,7 +33,7 @@ class _LayerNorm(torch.autograd.Function):
         grad, grad_sum = grads[-1], grads[0] if len(grads) == 2 else None
         dx, dweight, dbias = grad_sum, None, None
         if grad is not None:
-            launch, partial = _launch(), ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+            launch, partial = launcher("norm"), ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
             dx, dweight, dbias = launch.backward(grad, grad_sum, launch.Saved(*saved), weight, bias, partial)
         if dx is None:
             return None, None, dweight, dbias, None, None
@@ -52,7 +45,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     """Norm of ``x [..., C]`` in ``dtype``."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _LayerNorm.apply(x, None, weight, bias, eps, dtype)
-    return _launch().forward(x, None, weight, bias, eps, dtype, save=False)[1]
+    return launcher("norm").forward(x, None, weight, bias, eps, dtype, save=False)[1]
 
 
 def add_layer_norm(
@@ -62,4 +55,4 @@ def add_layer_norm(
     wanted = x.requires_grad or delta.requires_grad or weight.requires_grad or bias.requires_grad
     if torch.is_grad_enabled() and wanted:
         return _LayerNorm.apply(x, delta, weight, bias, eps, dtype)
-    return _launch().forward(x, delta, weight, bias, eps, dtype, save=False)[:2]
+    return launcher("norm").forward(x, delta, weight, bias, eps, dtype, save=False)[:2]

@@ -4,22 +4,13 @@ Where something has to see the calls (a compiler, an exporter, a dispatch mode) 
 both launch the same kernels.
 """
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import autocast_dtype, launches
-
-
-@cache
-def _launch() -> ModuleType:
-    from visionattn.ops.routing import launch  # Triton is imported when a kernel is to run
-
-    return launch
+from visionattn.ops._dispatch import autocast_dtype, launcher, launches
 
 
 class _RoutedAttention(torch.autograd.Function):
@@ -36,7 +27,7 @@ class _RoutedAttention(torch.autograd.Function):
         kv_region: tuple[int, int],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _launch().forward(query, key, value, index, q_region, kv_region, scale)
+        out, lse = launcher("routing").forward(query, key, value, index, q_region, kv_region, scale)
         ctx.save_for_backward(query, key, value, index, out, lse)
         ctx.rest = q_region, kv_region, scale
         ctx.set_materialize_grads(False)
@@ -49,7 +40,13 @@ class _RoutedAttention(torch.autograd.Function):
             if grad_lse is None:
                 return (None,) * 7
             grad_out = torch.zeros_like(ctx.saved_tensors[4])
-        return (*_launch().backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+        return (
+            *launcher("routing").backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def routed_attention(
@@ -69,22 +66,22 @@ def routed_attention(
     dtype = autocast_dtype(query)
     if dtype != query.dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not _launch().serves(query, key, value, index, kv_region):
+    if not launcher("routing").serves(query, key, value, index, kv_region):
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _RoutedAttention.apply(query, key, value, index, q_region, kv_region, scale)
-    return _launch().forward(query, key, value, index, q_region, kv_region, scale)
+    return launcher("routing").forward(query, key, value, index, q_region, kv_region, scale)
 
 
 def region_mean(x: Tensor, region: tuple[int, int]) -> Tensor | None:
     """Means, or None where this way is not open."""
     if not launches(x) or x.dtype == torch.float64 or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
         return None
-    return _launch().region_mean(x, region)
+    return launcher("routing").region_mean(x, region)
 
 
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor | None:
     """The region table, or None where this way is not open."""
-    if not launches(query) or not _launch().serves_topk(query, key):
+    if not launches(query) or not launcher("routing").serves_topk(query, key):
         return None
-    return _launch().topk_regions(query, key, topk)
+    return launcher("routing").topk_regions(query, key, topk)

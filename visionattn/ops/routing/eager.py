@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.ops._dispatch import register_autocast, use_triton
+from visionattn.ops._dispatch import launcher, register_autocast, use_triton
 from visionattn.ops.routing import reference
 
 # shares of the size of key and value that a chunk and the float32 gradient sums may take; together below 2
@@ -144,9 +144,7 @@ def check_table(index: Tensor, regions: int) -> bool:
 def region_mean(x: Tensor, region: Sequence[int]) -> Tensor:
     """``[B, H, W, C]`` to ``[B, P, C]``."""
     if use_triton(x) and x.dtype != torch.float64 and x.numel():
-        from visionattn.ops.routing import launch
-
-        return launch.region_mean(x, region)
+        return launcher("routing").region_mean(x, region)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return reference.split_regions(x, (region[0], region[1])).mean(dim=(3, 4), dtype=dtype).flatten(1, 2)
 
@@ -185,11 +183,8 @@ region_mean.register_autograd(_region_mean_vjp, setup_context=_region_mean_setup
 @torch.library.custom_op("visionattn::topk_regions", mutates_args=())
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
     """``[B, (heads,) P_q, C]`` and ``[B, (heads,) P_k, C]`` to int32 ``[B, 1 or heads, P_q, topk]``."""
-    if use_triton(query):
-        from visionattn.ops.routing import launch
-
-        if launch.serves_topk(query, key):
-            return launch.topk_regions(query, key, topk)
+    if use_triton(query) and launcher("routing").serves_topk(query, key):
+        return launcher("routing").topk_regions(query, key, topk)
     return reference.topk_regions(query, key, topk)
 
 
@@ -210,11 +205,8 @@ def routed_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, W, heads, head_dim]`` and log-sum-exp ``[B, heads, H, W]``."""
-    if use_triton(query):
-        from visionattn.ops.routing import launch
-
-        if launch.serves(query, key, value, index, kv_region):
-            return launch.forward(query, key, value, index, q_region, kv_region, scale)
+    if use_triton(query) and launcher("routing").serves(query, key, value, index, kv_region):
+        return launcher("routing").forward(query, key, value, index, q_region, kv_region, scale)
     B, H, W, heads, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty((B, H, W, heads, head_dim))
@@ -277,11 +269,10 @@ def routed_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; probabilities are recomputed from ``lse``."""
-    if use_triton(query):
-        from visionattn.ops.routing import launch
-
-        if launch.serves(query, key, value, index, kv_region):
-            return launch.backward(grad_out, grad_lse, query, key, value, index, out, lse, q_region, kv_region, scale)
+    if use_triton(query) and launcher("routing").serves(query, key, value, index, kv_region):
+        return launcher("routing").backward(
+            grad_out, grad_lse, query, key, value, index, out, lse, q_region, kv_region, scale
+        )
     B, heads, d = query.shape[0], query.shape[3], query.shape[4]
     dtype = lse.dtype
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]

@@ -108,9 +108,8 @@ class _Shape:
         return prepare(tile)
 
     def prepare(self, kernel: Any, programs: int, integers: tuple[int, ...], tile: Tile, **constants: Any) -> Launch:
-        values = self.constants | constants
-        ordered = {name: values[name] for name in kernel.arg_names if name in values}
-        return Launch(kernel, (programs,), integers, ordered, tile.warps, tile.stages, tile.registers)
+        values = {name: x for name, x in (self.constants | constants).items() if name in kernel.arg_names}
+        return Launch(kernel, (programs,), integers, values, tile.warps, tile.stages, tile.registers)
 
     # dense family
 
