@@ -59,6 +59,7 @@ class Recorder:
 def routing():
     """Routed attention and the steps around it."""
     stages = [(56, 2, 8, 1, torch.bfloat16), (28, 4, 4, 4, torch.bfloat16), (14, 8, 2, 16, torch.float32)]
+    stages.append((14, 8, 2, 16, torch.bfloat16))
     wide = [(56, 1, 8, 3, torch.float32)]  # the longest rows, of which the fewest fit
     for side, heads, region, topk, dtype in stages + wide:
         dim = 128 if heads == 1 else 32

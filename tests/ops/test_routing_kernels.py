@@ -108,8 +108,8 @@ def test_two_runs_are_equal(name):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["small_regions", "odd_tiny_regions"])
-def test_search_finds_tiles_that_work(name, monkeypatch, caplog):
+@pytest.mark.parametrize(("name", "kernels"), [("small_regions", 3), ("odd_tiny_regions", 2)])
+def test_search_finds_tiles_that_work(name, kernels, monkeypatch, caplog):
     from visionattn.ops.routing import launch, tiles
 
     monkeypatch.setenv("VISIONATTN_AUTOTUNE", "1")
@@ -124,7 +124,7 @@ def test_search_finds_tiles_that_work(name, monkeypatch, caplog):
         compare(CASES[name], tables(**CASES[name]), torch.float16)
     for plan in plans:
         plan.clear()
-    assert sum("fastest of" in message for message in caplog.messages) == 3
+    assert sum("fastest of" in message for message in caplog.messages) == kernels
 
 
 def test_float64_and_wide_heads_take_the_eager_form():

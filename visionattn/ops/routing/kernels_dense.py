@@ -6,7 +6,9 @@ for all heads. Where lists name a region several times, there is a further round
 
 Queries and keys are taken region by region, so that the keys of a region are neighbours in a tile and a tile of keys
 needs at most 32 bits of the mask. Forward and query gradient hold the keys and values of the whole map, cut into parts
-of 64 and a smaller last one, and walk over the queries; the key gradient holds some keys and walks over the queries.
+of 64 and a smaller last one, and walk over the queries. The backward pass does the same with the gradients of all keys
+in registers, where there is room for them; elsewhere one program finds the gradients of the queries, and others, which
+hold some keys each, those of the keys.
 
 The forward pass takes exponentials of the scores as they are, without looking for the largest first, which is a quarter
 of the work. Only if a row's sum comes out too large or too small for float32 is its tile computed again, with
@@ -143,6 +145,75 @@ def dense_forward_kernel(
         tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
         lse = tl.where(empty, float("-inf"), shift / LOG2_E + tl.log(tl.where(empty, 1.0, total)))
         tl.store(lse_ptr + (batch * HEADS + head) * N + pixels, lse, mask=inside)
+
+
+@triton.jit
+def dense_grad_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, rounds_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, scale,
+    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn, i_sb, i_sn,
+    H, W, rh, rw, N, NK, WK, kh, kw, P, K,
+    HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr,
+    LOG2_T: tl.constexpr, LOG2_TK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LSE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all queries, keys and values of one image and head; those of the keys stay in registers."""
+    head, batch = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    q_ptr += batch * q_sb + head * q_sn
+    k_ptr += batch * k_sb + head * k_sn
+    v_ptr += batch * v_sb + head * v_sn
+    table = batch * i_sb + head * i_sn
+    mask_ptr += table * K * P
+    rounds = tl.load(rounds_ptr + table)
+    size, key_size = rh * rw, kh * kw
+    keys, values, dk, dv = (), (), (), ()
+    for i in tl.static_range(len(PARTS)):
+        n = i * PART + tl.arange(0, PARTS[i])
+        keys += (_rows(k_ptr, n, NK, d, D, key_size, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, k_sh, k_sw),)
+        values += (_rows(v_ptr, n, NK, d, D, key_size, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, v_sh, v_sw),)
+        dk += (tl.zeros_like(keys[i]).to(tl.float32),)
+        dv += (tl.zeros_like(keys[i]).to(tl.float32),)
+    factor = scale * LOG2_E
+    plane, image = (batch * HEADS + head) * N, batch * (N * HEADS * D)
+    for m0 in range(0, N, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        inside = m < N
+        mask = inside[:, None] & (d < D)[None, :]
+        q = _rows(q_ptr, m, N, d, D, size, GRID_W, rh, rw, LOG2_T, LOG2_RW, q_sh, q_sw)
+        pixels = _offsets(m, size, GRID_W, rh, rw, LOG2_T, LOG2_RW, W, 1)
+        where = image + (pixels * HEADS + head)[:, None] * D + d[None, :]
+        do = tl.load(do_ptr + where, mask=mask, other=0.0)
+        out = tl.load(out_ptr + where, mask=mask, other=0.0)
+        row = plane + pixels
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+        if LSE_GRAD:
+            delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty list: probabilities 0
+        region = _region(m, size, LOG2_T)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for r in range(rounds):
+            bits = tl.load(mask_ptr + r * P + region, mask=inside, other=0)
+            more_k, more_v = (), ()
+            for i in tl.static_range(len(PARTS)):
+                n = i * PART + tl.arange(0, PARTS[i])
+                scores = tl.dot(q, tl.trans(keys[i]), input_precision=PRECISION)
+                scores = _listed(scores, bits, i * PART, n, key_size, LOG2_TK)
+                p = tl.exp2(scores * factor - lse[:, None])
+                more_v += (tl.dot(tl.trans(p.to(do.dtype)), do, dv[i], input_precision=PRECISION),)
+                ds = (p * (tl.dot(do, tl.trans(values[i]), input_precision=PRECISION) - delta[:, None])).to(q.dtype)
+                more_k += (tl.dot(tl.trans(ds), q, dk[i], input_precision=PRECISION),)
+                dq = tl.dot(ds, keys[i], dq, input_precision=PRECISION)
+            dk, dv = more_k, more_v
+        tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(PARTS)):
+        n = i * PART + tl.arange(0, PARTS[i])
+        pixels = _offsets(n, key_size, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, WK, 1)
+        where = batch * (NK * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
+        mask = (n < NK)[:, None] & (d < D)[None, :]
+        tl.store(dk_ptr + where, (dk[i] * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+        tl.store(dv_ptr + where, dv[i].to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

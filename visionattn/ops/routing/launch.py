@@ -15,6 +15,7 @@ from visionattn.ops.routing.tiles import Tile, block
 
 DENSE_TOKENS, DENSE_REGIONS = 256, 64  # largest map that one program holds, and regions that a bit mask has
 DENSE_BYTES = 32768  # of its keys in one program; shared memory must hold these and the values
+DENSE_GRADS = 8192  # numbers of the keys whose gradients one program can keep in registers
 MAX_REGIONS = 32767  # what an entry of the inverted list can name, and count
 MAX_TABLES = 65535  # programs along the second axis of a grid
 MAX_HEAD_DIM = 128
@@ -274,6 +275,21 @@ def _plan_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
 def _plan_dense_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
     build, shape, tables = s.masks()
     constants = s.dense_constants()
+    if s.dtype.itemsize == 2 and sum(constants["PARTS"]) * s.block_d <= DENSE_GRADS:
+        whole = s.tuned("dense_grad", s.tile("dense_grad", s.N, s.NK), lambda tile: s.prepare(
+            kernels_dense.dense_grad_kernel, s.B * s.heads, s.dense_integers(), tile,
+            BLOCK_M=tile.rows, LSE_GRAD=lse_grad, **constants,
+        ))  # fmt: skip
+
+        def run_whole(
+            inputs: tuple[Tensor, ...], index: Tensor, saved: _Saved, grads: list[Tensor], scale: float
+        ) -> None:
+            masks = torch.empty(shape, dtype=torch.int64, device=index.device)
+            rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
+            build(index, masks, rounds)
+            whole(*inputs, masks, rounds, *saved, *grads, scale)
+
+        return run_whole
     query_grad = s.tuned("dense_query_grad", s.tile("dense_query_grad", s.N, s.NK), lambda tile: s.prepare(
         kernels_dense.dense_query_grad_kernel, s.B * s.heads, s.dense_integers(), tile,
         BLOCK_M=tile.rows, LSE_GRAD=lse_grad, **constants,

@@ -35,6 +35,7 @@ _TUNED = {
     ("forward", 32, 2, 9, 512): Tile(64, 128, 4, 2, 128),
     ("query_grad", 32, 2, 9, 512): Tile(64, 64, 4, 3),
     ("dense_forward", 32, 2, 9, 0): Tile(64, 64, 4, 1, 128),
+    ("dense_grad", 32, 2, 9, 0): Tile(64, 64, 4, 1),
     ("dense_query_grad", 32, 2, 9, 0): Tile(64, 64, 4, 1, 128),
     ("dense_key_grad", 32, 2, 9, 0): Tile(64, 64, 4, 2, 128),
 }
@@ -54,8 +55,8 @@ def _rule(kernel: str, rows: int, columns: int, row_bytes: int) -> Tile:
     if kernel == "key_grad" and columns <= 16:
         rows = min(rows, 32)
     m, n = block(rows, 64), block(columns, 64)
-    stages = 1 if kernel == "one_pass" or (kernel == "forward" and n >= columns) or kernel.startswith("dense_q") else 2
-    return Tile(m, n, max(1, min(4, m * n // 1024)), stages)
+    walks = kernel not in ("one_pass", "dense_grad", "dense_query_grad") and not (kernel == "forward" and n >= columns)
+    return Tile(m, n, max(1, min(4, m * n // 1024)), 2 if walks else 1)
 
 
 def choose(kernel: str, rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
