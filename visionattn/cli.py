@@ -229,7 +229,13 @@ def _add_benchmark(commands: Any) -> None:
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     add("--autocast", action=switch, default=True, help="autocast to the type, or weights and images of it")
     add("--channels-last", action=switch, help="memory format (default: only on a CUDA device)")
-    add("--compile", action="store_true", help="through torch.compile")
+    add(
+        "--compile",
+        nargs="?",
+        const="default",
+        metavar="MODE",
+        help="through torch.compile, in a mode like reduce-overhead",
+    )
     add("--cuda-graph", action="store_true", help="replay inference from a CUDA graph")
     add("--model-kwargs", type=_keyword, nargs="+", default=[], metavar="NAME=VALUE", help="arguments of every model")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")

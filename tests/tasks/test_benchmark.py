@@ -79,14 +79,23 @@ def test_a_training_step_changes_the_weights():
 def test_type_format_and_compilation_reach_the_model(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
-    settings = Settings(dtype="bf16", autocast=False, channels_last=True, compile=True, batch=2)
+    settings = Settings(dtype="bf16", autocast=False, channels_last=True, compile="default", batch=2)
     assert settings.weights_dtype == torch.bfloat16 and not settings.cast()._enabled
     model, _ = benchmark_models._create("test_patnet", "inference", settings)
     weights = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert weights and all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
     steps, _ = benchmark_models._prepare("test_patnet", "inference", settings)
-    assert compiled == [dict(dynamic=False)] and steps[1]().dtype == torch.bfloat16 and steps[2]().shape[0] == 2
+    assert (
+        compiled == [dict(dynamic=False, mode="default")]
+        and steps[1]().dtype == torch.bfloat16
+        and steps[2]().shape[0] == 2
+    )
+
+
+def test_unknown_mode_of_compilation_is_named():
+    with pytest.raises(ValueError, match="compile='fast' is not a mode of torch.compile; use default, reduce-overhead"):
+        Settings(compile="fast")
 
 
 def test_autocast_keeps_the_weights():

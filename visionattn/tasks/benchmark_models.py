@@ -22,6 +22,7 @@ from visionattn.tasks.timing import capture, times_in_turn
 
 FOLDED = ":folded"
 MODES = ("inference", "training", "features")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SETTINGS = ("batch", "rounds", "dtype", "autocast", "channels_last", "compile", "cuda_graph", "model_kwargs")
 _FIGURES = ("median_ms", "fastest_ms", "images_per_s", "one_image_ms", "peak_gib", "parameters_m", "gmacs")
@@ -41,7 +42,7 @@ class Settings:
         dtype: Of ``DTYPES``.
         autocast: Keep the weights in float32 and let autocast choose; else weights and images have ``dtype``.
         channels_last: Memory format of weights and images; by default only on a CUDA device.
-        compile: Through ``torch.compile``, for each size anew.
+        compile: Mode of ``torch.compile``, of ``COMPILE_MODES``, for each size anew; not compiled without one.
         cuda_graph: Replay inference from a CUDA graph.
         model_kwargs: Further arguments of every model.
 
@@ -57,7 +58,7 @@ class Settings:
     dtype: str = "fp32"
     autocast: bool = True
     channels_last: bool | None = None
-    compile: bool = False
+    compile: str | None = None
     cuda_graph: bool = False
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -66,6 +67,8 @@ class Settings:
             raise ValueError(f"unknown mode {unknown[0]!r}; choose of {','.join(MODES)}")
         if self.batch < 1 or self.rounds < 1 or min(self.size or (1,)) < 1:
             raise ValueError(f"batch {self.batch}, rounds {self.rounds} and size {self.size} must be at least 1")
+        if self.compile and self.compile not in COMPILE_MODES:
+            raise ValueError(f"compile={self.compile!r} is not a mode of torch.compile; use {', '.join(COMPILE_MODES)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
         if self.cuda_graph and (self.device != "cuda" or "training" in self.modes):
@@ -170,7 +173,7 @@ def _prepare(text: str, mode: str, settings: Settings) -> tuple[dict[int, Callab
     images = images.contiguous(memory_format=settings.memory_format)
     facts: dict[str, Any] = dict(model=text, mode=mode, height=shape[1], width=shape[2])
     facts["parameters_m"] = sum(p.numel() for p in model.parameters()) / 1e6
-    runner = torch.compile(model, dynamic=False) if settings.compile else model
+    runner = torch.compile(model, dynamic=False, mode=settings.compile) if settings.compile else model
     numbers = {settings.batch} if mode == "training" else {settings.batch, 1}
     steps = {n: _step(runner, mode, images[:n], settings) for n in numbers}
     try:
@@ -218,7 +221,8 @@ def _table(rows: list[dict[str, Any]], settings: Settings, where: dict[str, str]
     columns = ("", "mode", "pixels", "median ms", "fastest ms", "images/s", "times as fast as the first")
     table = markdown((*columns, "ms for one image", "peak GiB", "M parameters", "GMACs"), lines)
     words = [f"Batch {settings.batch}", settings.dtype if settings.autocast else f"{settings.dtype} weights"]
-    words += [key.replace("_", " ") for key in ("channels_last", "compile", "cuda_graph") if getattr(settings, key)]
+    words += [key.replace("_", " ") for key in ("channels_last", "cuda_graph") if getattr(settings, key)]
+    words += [f"compiled ({settings.compile})"] if settings.compile else []
     words += [f"{key}={value}" for key, value in settings.model_kwargs.items()]
     versions = f"PyTorch {where['torch']}, timm {where['timm']}, Python {where['python']}"
     return f"{table}\n\n{', '.join(words)}, {where['device']}, {settings.rounds} rounds in turn; {versions}."

@@ -52,9 +52,11 @@ def _rule(kernel: str, rows: int, columns: int, row_bytes: int) -> Tile:
         rows, columns = min(rows, 32), min(columns, 16)
     if kernel == "query_grad" and rows <= 16:
         columns = min(columns, 32)
-    if kernel == "key_grad" and columns <= 16:
-        rows = min(rows, 32)
+    if kernel == "key_grad" and columns <= 16:  # programs of one warp: more of them fit with few registers
+        rows = min(rows, 16)
     m, n = block(rows, 64), block(columns, 64)
+    if kernel == "query_grad" and m == 16:
+        return Tile(m, n, 1, 3)
     walks = kernel not in ("one_pass", "dense_grad", "dense_query_grad") and not (kernel == "forward" and n >= columns)
     return Tile(m, n, max(1, min(4, m * n // 1024)), 2 if walks else 1)
 
