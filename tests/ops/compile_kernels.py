@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 from visionattn.ops import kernels_sums
 from visionattn.ops.depthwise import kernels_depthwise
 from visionattn.ops.depthwise import launch as depthwise
+from visionattn.ops.linear import kernels_linear
+from visionattn.ops.linear import launch as linear
 from visionattn.ops.norm import kernels_norm
 from visionattn.ops.norm import launch as norm
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, launch
@@ -95,15 +97,43 @@ def depthwise_convolutions():
         depthwise.weight_grad(out, x, weight, torch.empty(C))
 
 
+def linear_layers():
+    """Casts, bias gradients and the gradient of GELU for an MLP and for single layers."""
+    for rows, C, hidden, dtype in (
+        (784, 64, 192, torch.bfloat16),
+        (49, 96, 288, torch.float16),
+        (9, 10, 33, torch.float32),
+    ):
+        parameters = [torch.empty(shape) for shape in ((hidden, C), (hidden,), (C, hidden), (C,))]
+        linear.cast(parameters, dtype)
+        linear.cast(parameters[:2], torch.float16)
+        grad, pre = torch.empty(rows, C, dtype=dtype), torch.empty(rows, hidden, dtype=dtype)
+        sums = linear.Sums(rows, (C, hidden), grad)
+        sums.add(grad, 0)
+        linear.gelu_grad(pre, pre, sums, C)
+        linear.gelu_grad(pre, pre, None, 0)
+        sums.fold(torch.float32)
+
+
 def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
-    for module in (kernels_dense, kernels_depthwise, kernels_listed, kernels_norm, kernels_sums, kernels_tables):
+    families = (
+        kernels_dense,
+        kernels_depthwise,
+        kernels_linear,
+        kernels_listed,
+        kernels_norm,
+        kernels_sums,
+        kernels_tables,
+    )
+    for module in families:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
     routing()
     norms()
     depthwise_convolutions()
+    linear_layers()
 
 
 run(int(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Ordinary modules of PyTorch and timm on channels-last maps, by our operators where those do the same for less.
 
-A model keeps ``nn.Conv2d`` and ``LayerNorm`` modules, with all that tools do to them, and calls them through these
+A model keeps ``nn.Conv2d``, ``nn.Linear``, ``Mlp`` and ``LayerNorm`` modules, with all that tools do to them, and calls them through these
 functions. One that was replaced by another class, or that has hooks, is called as a module. So is every one under a
 tracer, whose graph then names the modules. TorchScript cannot pass modules to functions: it needs a branch of its own.
 """
@@ -13,19 +13,23 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm
+from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm, linear, mlp
 
 
-def _bare(module: nn.Module, x: Tensor) -> bool:
-    """Whether calling ``module`` would run its ``forward`` and nothing else, on an ordinary tensor."""
-    return type(x) is Tensor and not (
+def _unhooked(module: nn.Module) -> bool:
+    """Whether nothing of its own hangs on a module's call."""
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
     )
+
+
+def _bare(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling ``module`` would run its ``forward`` and nothing else, on an ordinary tensor."""
+    return type(x) is Tensor and _unhooked(module) and not _has_any_global_hook()
 
 
 def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
@@ -49,6 +53,26 @@ def _is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
         and module.kernel_size[0] % 2 == module.kernel_size[1] % 2 == 1
         and _bare(module, x)
     )
+
+
+def _is_mlp(module: nn.Module, x: Tensor) -> TypeGuard[timm.layers.Mlp]:
+    """Whether it is timm's MLP with the exact GELU and nothing else between and behind its layers."""
+    if type(module) is not timm.layers.Mlp or not _bare(module, x):
+        return False
+    parts = module._modules  # attributes of a module cost a search each
+    act, fc1, fc2 = parts.get("act"), parts.get("fc1"), parts.get("fc2")
+    return (
+        type(act) is nn.GELU
+        and act.approximate == "none"
+        and type(fc1) is type(fc2) is nn.Linear
+        and type(parts.get("norm")) is nn.Identity
+        and all(type(drop) is nn.Dropout and (drop.p == 0 or not drop.training) for drop in _drops(module))
+        and all(_unhooked(part) for part in parts.values() if part is not None)
+    )
+
+
+def _drops(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    return module._modules.get("drop1"), module._modules.get("drop2")
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
@@ -97,6 +121,37 @@ def convolve(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     if _is_depthwise(conv, x):
         return depthwise_conv(x, conv.weight, conv.bias, residual)
     return residual + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``.
+
+    Args:
+        layer: A linear layer, or any module over ``[..., C]``.
+        x: ``[..., C]``.
+
+    Returns:
+        What the module gives, for a linear layer ``[..., D]``.
+    """
+    if type(layer) is nn.Linear and _bare(layer, x):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def transform(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``.
+
+    Args:
+        block: timm's ``Mlp``, or any module over ``[..., C]``.
+        x: ``[..., C]``.
+
+    Returns:
+        What the module gives, for an MLP ``[..., D]``.
+    """
+    if _is_mlp(block, x):
+        first, second = block.fc1, block.fc2
+        return mlp(x, first.weight, first.bias, second.weight, second.bias)
+    return block(x)
 
 
 @register_notrace_function  # a leaf for torch.fx, which cannot ask for the device

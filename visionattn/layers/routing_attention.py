@@ -4,7 +4,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.layers.channels_last import convolve
+from visionattn.layers.channels_last import convolve, project
 from visionattn.ops import crop, pad_to_multiple, region_mean, routed_attention, topk_regions
 
 
@@ -72,7 +72,7 @@ class RoutingAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.num_regions)
         B, H, W, C = x.shape
-        qkv = self.qkv(x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.chunk(3, dim=-1)
         region = (H // self.num_regions, W // self.num_regions)
         # the ranking needs no scale: a positive factor changes no order
@@ -86,7 +86,10 @@ class RoutingAttention(nn.Module):
         else:
             out = convolve(self.lepe, v, residual=out)
         # the projection works pixel by pixel, so cropping first gives the same for less
-        return self.proj(crop(out, height, width))
+        out = crop(out, height, width)
+        if torch.jit.is_scripting():
+            return self.proj(out)
+        return project(self.proj, out)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_regions={self.num_regions}, topk={self.topk}"
