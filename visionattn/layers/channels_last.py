@@ -1,8 +1,9 @@
 """Ordinary modules of PyTorch and timm on channels-last maps, by our operators where those do the same for less.
 
-A model keeps ``nn.Conv2d``, ``nn.Linear``, ``Mlp`` and ``LayerNorm`` modules, with all that tools do to them, and calls them through these
-functions. One that was replaced by another class, or that has hooks, is called as a module. So is every one under a
-tracer, whose graph then names the modules. TorchScript cannot pass modules to functions: it needs a branch of its own.
+A model keeps ``nn.Conv2d``, ``nn.Linear``, ``LayerNorm`` and ``Mlp`` modules, with all that tools do to them, and calls
+them through these functions. One that was replaced by another class, or that has hooks, is called as a module. So is
+every one under a tracer, whose graph then names the modules. TorchScript cannot pass modules to functions: it needs a
+branch of its own.
 """
 
 from typing import TypeGuard
