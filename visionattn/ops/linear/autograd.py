@@ -42,8 +42,8 @@ def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(grad.t(), x).to(dtype)
 
 
-def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters that are there, in ``dtype``."""
+def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> list[Any]:
+    """The parameters that are there, in ``dtype``, and None for the others."""
     if None not in parameters:
         return launcher("linear").cast(parameters, dtype)
     cast = iter(launcher("linear").cast([x for x in parameters if x is not None], dtype))
@@ -128,8 +128,8 @@ class _Mlp(torch.autograd.Function):
             if need[2] or need[4]:
                 widths = ((C,) if need[4] else ()) + ((pre.shape[1],) if need[2] else ())
                 sums = launch.Sums(N, widths, grad)
-            if need[4]:
-                sums.add(grad, 0)
+                if need[4]:
+                    sums.add(grad, 0)
             if need[3]:
                 dw2 = _weight_grad(grad, act, dtypes[3])
             if need[0] or need[1] or need[2]:
