@@ -44,8 +44,6 @@ def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> list[Any]:
     """The parameters that are there, in ``dtype``, and None for the others."""
-    if None not in parameters:
-        return launcher("linear").cast(parameters, dtype)
     cast = iter(launcher("linear").cast([x for x in parameters if x is not None], dtype))
     return [None if x is None else next(cast) for x in parameters]
 
