@@ -108,11 +108,9 @@ def linear_layers():
         linear.cast(parameters, dtype)
         linear.cast(parameters[:2], torch.float16)
         grad, pre = torch.empty(rows, C, dtype=dtype), torch.empty(rows, hidden, dtype=dtype)
-        sums = linear.Sums(rows, (C, hidden), grad)
-        sums.add(grad, 0)
-        linear.gelu_grad(pre, pre, sums, C)
-        linear.gelu_grad(pre, pre, None, 0)
-        sums.fold(torch.float32)
+        linear.column_sums(grad, torch.float32)
+        for outer, kind in ((grad, torch.float32), (None, torch.float32), (None, None)):
+            linear.gelu_grad(pre, pre, outer, kind)
 
 
 def run(capability):

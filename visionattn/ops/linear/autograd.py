@@ -76,9 +76,7 @@ class _Linear(torch.autograd.Function):
             if wanted[1]:
                 dw = _weight_grad(grad, rows, w_dtype)
             if wanted[2]:
-                sums = launcher("linear").Sums(*grad.shape[:1], grad.shape[1:], grad)
-                sums.add(grad, 0)
-                (db,) = sums.fold(b_dtype)
+                db = launcher("linear").column_sums(grad, b_dtype)
         return dx, dw, db, None
 
 
@@ -119,28 +117,24 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, pre, act, w1, w2 = ctx.saved_tensors
         need, dtypes, launch = ctx.needs_input_grad, ctx.dtypes, launcher("linear")
-        dx = dw1 = db1 = dw2 = db2 = sums = None
+        dx = dw1 = db1 = dw2 = db2 = None
         with torch._C._ExcludeDispatchKeyGuard(_PASSED):
             grad = _grad_rows(grad, grad.dtype)
-            N, C = grad.shape
-            if need[2] or need[4]:
-                widths = ((C,) if need[4] else ()) + ((pre.shape[1],) if need[2] else ())
-                sums = launch.Sums(N, widths, grad)
-                if need[4]:
-                    sums.add(grad, 0)
             if need[3]:
                 dw2 = _weight_grad(grad, act, dtypes[3])
             if need[0] or need[1] or need[2]:
                 inner = torch.mm(grad, w2)
-                launch.gelu_grad(pre, inner, sums if need[2] else None, C if need[4] else 0)
+                together = need[2] and dtypes[2] == dtypes[4]
+                db1, db2 = launch.gelu_grad(
+                    pre, inner, grad if need[4] and together else None, dtypes[2] if need[2] else None
+                )
                 if need[0]:
                     dx = torch.mm(inner, w1).view(ctx.shape)
                     dx = dx if dx.dtype == dtypes[0] else dx.to(dtypes[0])
                 if need[1]:
                     dw1 = _weight_grad(inner, rows, dtypes[1])
-            if sums is not None:
-                *first, last = sums.fold(dtypes[4] if need[4] else dtypes[2])
-                db2, db1 = (first[0] if first else last) if need[4] else None, last if need[2] else None
+            if need[4] and db2 is None:
+                db2 = launch.column_sums(grad, dtypes[4])
         return dx, dw1, db1, dw2, db2, None
 
 

@@ -18,19 +18,26 @@ PROGRAMS = 792  # of a sum at most, all slices of the widest layer together: six
 CAST_BLOCK = 2048
 APART = 128  # cast tensors start at multiples of so many values, or matrix products would take slower kernels
 
-_casts, _sums, _gelu, _folds = Plans(), Plans(), Plans(), Plans()
+_casts, _plans = Plans(), Plans()
 
 
-def _plan_cast(given: Sequence[Tensor], dtype: torch.dtype) -> tuple[Launch, int, list[tuple[Any, ...]]]:
-    sizes, starts, total = [x.numel() for x in given], [], 0
-    for n in sizes:
-        starts.append(total)
-        total += triton.cdiv(n, APART) * APART
-    views = [(x.shape, x.stride(), start) for x, start in zip(given, starts, strict=True)]
-    missing = [0] * (4 - len(sizes))
-    integers = (*sizes, *missing, *starts[1:], *missing)
-    grid = triton.cdiv(max(sizes), CAST_BLOCK), len(sizes)
-    return Launch(kernels_linear.cast_kernel, grid, integers, dict(BLOCK=CAST_BLOCK)), total, views
+class _Cast:
+    """One launch for several parameters, or with ``launch`` None what has to be cast one by one."""
+
+    def __init__(self, given: Sequence[Tensor], dtype: torch.dtype):
+        self.launch, self.total, self.views = None, 0, []
+        self.missing = 4 - len(given)
+        if all(x.dtype == dtype for x in given) or not all(x.is_contiguous() for x in given):
+            return
+        starts: list[int] = []
+        for x in given:
+            starts.append(self.total)
+            self.total += triton.cdiv(x.numel(), APART) * APART
+        self.views = [(x.shape, x.stride(), start) for x, start in zip(given, starts, strict=True)]
+        sizes, missing = [x.numel() for x in given], [0] * self.missing
+        grid = triton.cdiv(max(sizes), CAST_BLOCK), len(sizes)
+        integers = (*sizes, *missing, *starts[1:], *missing)
+        self.launch = Launch(kernels_linear.cast_kernel, grid, integers, dict(BLOCK=CAST_BLOCK))
 
 
 def cast(given: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -43,89 +50,100 @@ def cast(given: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     Returns:
         As many tensors, in the same order.
     """
-    if all(x.dtype == dtype for x in given):
-        return list(given)
-    if not all(x.is_contiguous() for x in given):
+    key = dtype, given[0].device, *[(x.shape, x.stride(), x.dtype) for x in given]
+    plan = _casts.get(key) or _casts.keep(key, _Cast(given, dtype))
+    if plan.launch is None:
         return [x.to(dtype) for x in given]
-    key = dtype, given[0].device, *[(x.shape, x.dtype) for x in given]
-    launch, total, views = _casts.get(key) or _casts.keep(key, _plan_cast(given, dtype))
-    first = given[0]
-    buffer = torch.empty(total, dtype=dtype, device=first.device)
-    launch(*given, *[first] * (4 - len(given)), buffer)
-    return [buffer.as_strided(*view) for view in views]
+    buffer = torch.empty(plan.total, dtype=dtype, device=given[0].device)
+    plan.launch(*given, *[buffer] * plan.missing, buffer)
+    return [buffer.as_strided(*view) for view in plan.views]
 
 
-def _block(C: int, tile: int) -> dict[str, int]:
-    """Columns and rows of a program's tile; a slice that divides the columns needs no mask."""
+def _slices(C: int, tile: int) -> tuple[int, dict[str, Any]]:
+    """Slices of the columns, and columns and rows of a program's tile; slices that come out even need no mask."""
     block = math.gcd(C, 128)
     if block < 32:
         block = min(128, triton.next_power_of_2(C))
-    return dict(ROWS=tile // block, BLOCK_C=block)
+    return triton.cdiv(C, block), dict(C=C, ROWS=tile // block, BLOCK_C=block)
 
 
-class Sums:
-    """Sums over the rows of one or two maps, for the gradients of biases: programs first, then one launch for both.
+class _Plan:
+    """How the rows of one or two maps are summed: by so many programs a slice, then in one launch for both.
 
     Args:
-        rows: Rows of each map.
-        widths: Columns of each map.
-        like: A tensor on the device.
+        sizes: Rows of the maps and columns of each, the first one's sums first.
+        distance: From one row of the first map to the next.
     """
 
-    def __init__(self, rows: int, widths: tuple[int, ...], like: Tensor):
-        slices = max(triton.cdiv(C, _block(C, TILE)["BLOCK_C"]) for C in widths)
-        least = min(_block(C, GELU_TILE)["ROWS"] for C in widths)
-        self.programs = max(1, min(triton.cdiv(rows, least), PROGRAMS // slices))
-        self.widths, self.width = widths, sum(widths)
-        self.partial = torch.empty((self.programs, self.width), dtype=torch.float32, device=like.device)
-
-    def add(self, x: Tensor, first: int) -> None:
-        """Sum ``x [N, C]``, any distance between rows, into the columns from ``first`` on."""
-        N, C = x.shape
-        distance = x.stride(0)
-        key = N, C, distance, self.programs, self.width, first, x.dtype, x.device
-        launch = _sums.get(key)
-        if launch is None:
-            constants = dict(C=C, **_block(C, TILE))
-            grid = triton.cdiv(C, constants["BLOCK_C"]), self.programs
-            integers = distance, N, self.width, first
-            launch = _sums.keep(key, Launch(kernels_linear.column_sum_kernel, grid, integers, constants))
-        launch(x, self.partial)
-
-    def fold(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The sums of each map, ``[C]`` in ``dtype``. The order of summation is always the same."""
-        key = self.programs, self.width, dtype, self.partial.device
-        launch = _folds.get(key)
-        if launch is None:
-            constants = dict(TAPS=0, BIAS=True, BLOCK_N=128, BLOCK_C=32)
-            grid = 1, triton.cdiv(self.width, 32)
-            launch = _folds.keep(key, Launch(kernels_sums.sum_kernel, grid, (self.programs, self.width), constants))
-        out = torch.empty(self.width, dtype=dtype, device=self.partial.device)
-        launch(self.partial, out, out)
-        return (out,) if len(self.widths) == 1 else out.split(self.widths)
+    def __init__(self, sizes: tuple[int, ...], distance: int):
+        N, *widths = sizes
+        width, slices = sum(widths), max(_slices(C, TILE)[0] for C in widths)
+        self.programs = max(1, min(triton.cdiv(N, 32), PROGRAMS // slices))
+        self.shape, self.widths = (self.programs, width), widths
+        slices, constants = _slices(widths[0], TILE)
+        integers = distance, N, width, 0
+        self.sum = Launch(kernels_linear.column_sum_kernel, (slices, self.programs), integers, constants)
+        self.gelu = _gelu(N, widths[-1], self.programs, width, width - widths[-1])
+        constants = dict(TAPS=0, BIAS=True, BLOCK_N=128, BLOCK_C=32)
+        grid = 1, triton.cdiv(width, 32)
+        self.fold = Launch(kernels_sums.sum_kernel, grid, self.shape, constants)
 
 
-def gelu_grad(pre: Tensor, grad: Tensor, sums: Sums | None, first: int) -> Tensor:
-    """Gradient before the activation, in the memory of the one behind it.
+def _gelu(N: int, C: int, programs: int = 0, width: int = 0, first: int = 0) -> Launch:
+    """Launch of the gradient of GELU, with sums over the rows if ``width`` is given."""
+    slices, constants = _slices(C, GELU_TILE)
+    grid = slices, programs or max(1, min(triton.cdiv(N, constants["ROWS"]), PROGRAMS // slices))
+    return Launch(kernels_linear.gelu_grad_kernel, grid, (N, width, first), dict(constants, PARTIAL=width > 0))
+
+
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over the rows of ``x [N, C]``, whose columns lie side by side, as ``[C]`` in ``dtype``.
+
+    The order of summation is always the same.
+    """
+    key = x.shape, x.stride(0), x.dtype, dtype, x.device
+    plan = _plans.get(key) or _plans.keep(key, _Plan(tuple(x.shape), x.stride(0)))
+    partial = torch.empty(plan.shape, dtype=torch.float32, device=x.device)
+    plan.sum(x, partial)
+    out = torch.empty(x.shape[1], dtype=dtype, device=x.device)
+    plan.fold(partial, out, out)
+    return out
+
+
+def gelu_grad(
+    pre: Tensor, inner: Tensor, outer: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradient before an MLP's activation, in the memory of the one behind it, and the gradients of the biases.
 
     Args:
-        pre: What went into the activation, ``[N, C]``, contiguous.
-        grad: Gradient of what came out, the same; overwritten.
-        sums: Where the sums over the rows go, if they are wanted.
-        first: First column there.
+        pre: What went into the activation, ``[N, D]``, contiguous.
+        inner: Gradient of what came out, the same; overwritten.
+        outer: Gradient of the MLP's output ``[N, E]`` if that of the second bias is wanted.
+        dtype: Dtype of the biases' gradients if that of the first bias is wanted.
 
     Returns:
-        ``grad``.
+        Gradients of the first and of the second bias: with both ``outer`` and ``dtype`` both, with ``dtype`` the first.
     """
-    N, C = pre.shape
-    programs, width = (0, 0) if sums is None else (sums.programs, sums.width)
-    key = N, C, programs, width, first, pre.dtype, grad.dtype, pre.device
-    launch = _gelu.get(key)
-    if launch is None:
-        block, slices = _block(C, GELU_TILE), triton.cdiv(C, _block(C, GELU_TILE)["BLOCK_C"])
-        programs = programs or min(triton.cdiv(N, block["ROWS"]), max(1, PROGRAMS // slices))
-        constants = dict(C=C, PARTIAL=sums is not None, **block)
-        launch = Launch(kernels_linear.gelu_grad_kernel, (slices, programs), (N, width, first), constants)
-        _gelu.keep(key, launch)
-    launch(pre, grad, grad, grad if sums is None else sums.partial)
-    return grad
+    if dtype is None:
+        key: Any = pre.shape, pre.dtype, inner.dtype, pre.device
+        run = _plans.get(key) or _plans.keep(key, _gelu(*pre.shape))
+        run(pre, inner, inner, inner)
+        return None, None
+    if outer is None:
+        key = pre.shape, pre.dtype, inner.dtype, dtype, pre.device
+        plan = _plans.get(key) or _plans.keep(key, _Plan(tuple(pre.shape), 0))
+        partial = torch.empty(plan.shape, dtype=torch.float32, device=pre.device)
+    else:
+        key = pre.shape, outer.shape, outer.stride(0), pre.dtype, inner.dtype, outer.dtype, dtype, pre.device
+        plan = _plans.get(key)
+        if plan is None:
+            plan = _plans.keep(key, _Plan((*outer.shape, pre.shape[1]), outer.stride(0)))
+        partial = torch.empty(plan.shape, dtype=torch.float32, device=pre.device)
+        plan.sum(outer, partial)
+    plan.gelu(pre, inner, inner, partial)
+    out = torch.empty(plan.shape[1], dtype=dtype, device=pre.device)
+    plan.fold(partial, out, out)
+    if outer is None:
+        return out, None
+    second, first = out.split(plan.widths)
+    return first, second
