@@ -79,8 +79,8 @@ def norms():
         x, weight = torch.empty(shape, dtype=dtype), torch.empty(shape[-1])
         for delta in (None, x):
             norm.forward(x, delta, weight, weight, 1e-6, dtype, save=False)
-            _, out, saved = norm.forward(x, delta, weight, weight, 1e-6, dtype, save=True)
-            norm.backward(out, delta, saved, weight, weight, partial=delta is not None)
+            total, out, stats = norm.forward(x, delta, weight, weight, 1e-6, dtype, save=True)
+            norm.backward(out, delta, total, stats, weight, weight, partial=delta is not None)
 
 
 def depthwise_convolutions():

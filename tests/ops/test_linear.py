@@ -227,14 +227,16 @@ def test_backward_inside_autocast_changes_nothing():
     assert all(torch.equal(e, a) for e, a in zip(expected, actual, strict=True))
 
 
-def test_weights_changed_before_the_backward_pass_are_noticed():
-    _, tensors = given((2, 7), 16, 24, 16, torch.float32, torch.float32)
-    with use_backend("triton"):
-        out = linear(*tensors[:3])
-    with torch.no_grad():
-        tensors[1].mul_(2)
-    with pytest.raises(RuntimeError, match="inplace operation"):
-        out.sum().backward()
+@pytest.mark.parametrize("changed", [0, 1])
+def test_what_is_changed_before_the_backward_pass_is_noticed(changed):
+    _, tensors = given((2, 3, 7), 16, 24, 16, torch.float32, torch.float32)
+    for function, args in ((linear, tensors[:3]), (mlp, tensors)):
+        with use_backend("triton"):
+            out = function(*args)
+        with torch.no_grad():
+            args[changed].mul_(2)
+        with pytest.raises(RuntimeError, match="inplace"):
+            out.sum().backward()
 
 
 def test_second_derivative_is_refused():

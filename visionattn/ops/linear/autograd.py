@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import launcher
+from visionattn.ops._dispatch import differentiable_once, launcher
 
 _KEYS = torch._C.DispatchKey
-# autograd and autocast have nothing to do inside a function that is its own node and casts by itself
-_PASSED = torch._C.DispatchKeySet(_KEYS.ADInplaceOrView)
-for _key in (_KEYS.AutogradCPU, _KEYS.AutogradCUDA, _KEYS.AutocastCPU, _KEYS.AutocastCUDA):
+# autograd and autocast have nothing to do inside a function that is its own node and casts by itself; views have to
+# be known as such, or a map that is changed before the backward pass would go unnoticed
+_PASSED = torch._C.DispatchKeySet(_KEYS.AutogradCPU)
+for _key in (_KEYS.AutogradCUDA, _KEYS.AutocastCPU, _KEYS.AutocastCUDA):
     _PASSED = _PASSED | torch._C.DispatchKeySet(_key)
 
 
@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
             return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, w = ctx.saved_tensors
         wanted, (x_dtype, w_dtype, b_dtype) = ctx.needs_input_grad, ctx.dtypes
@@ -113,7 +113,7 @@ class _Mlp(torch.autograd.Function):
             return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, pre, act, w1, w2 = ctx.saved_tensors
         need, dtypes, launch = ctx.needs_input_grad, ctx.dtypes, launcher("linear")
