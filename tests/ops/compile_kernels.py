@@ -106,7 +106,7 @@ def linear_layers():
     ):
         parameters = [torch.empty(shape) for shape in ((hidden, C), (hidden,), (C, hidden), (C,))]
         linear.cast(parameters, dtype)
-        linear.cast(parameters[:2], torch.float16)
+        linear.cast(parameters[:3], torch.float16)
         grad, pre = torch.empty(rows, C, dtype=dtype), torch.empty(rows, hidden, dtype=dtype)
         linear.column_sums(grad, torch.float32)
         for outer, kind in ((grad, torch.float32), (None, torch.float32), (None, None)):

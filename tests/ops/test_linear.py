@@ -217,6 +217,20 @@ def test_autocast_sets_the_dtype_of_results_and_parameters_that_of_gradients(inp
         assert_close(str(i), e, a, RELATIVE[half])
 
 
+@pytest.mark.parametrize("together", [1, 5])
+def test_casts_are_the_same_however_many_share_a_launch(monkeypatch, together):
+    from visionattn.ops.linear import launch
+
+    monkeypatch.setattr(launch, "TOGETHER", together)
+    monkeypatch.setattr(launch, "_casts", launch.Plans())
+    _, (_, *parameters) = given((1,), 40, 70, 9, torch.float32, torch.float32)
+    parameters = [p.detach() for p in parameters]
+    for part in (parameters, parameters[:3], parameters[1:3], parameters[:1]):
+        cast = launch.cast(part, torch.float16)
+        assert all(torch.equal(c, p.half()) and c.is_contiguous() for c, p in zip(cast, part, strict=True))
+        assert all(c is p for c, p in zip(launch.cast(part, torch.float32), part, strict=True))
+
+
 def test_backward_inside_autocast_changes_nothing():
     leaves, tensors = given((2, 7), 16, 24, 16, torch.float32, torch.float32)
     with use_backend("triton"):

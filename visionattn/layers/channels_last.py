@@ -56,24 +56,19 @@ def _is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     )
 
 
+_MLP_PARTS = dict(fc1=nn.Linear, act=nn.GELU, drop1=nn.Dropout, norm=nn.Identity, fc2=nn.Linear, drop2=nn.Dropout)
+
+
 def _is_mlp(module: nn.Module, x: Tensor) -> TypeGuard[timm.layers.Mlp]:
     """Whether it is timm's MLP with the exact GELU and nothing else between and behind its layers."""
-    if type(module) is not timm.layers.Mlp or not _bare(module, x):
+    if type(module) is not timm.layers.Mlp or not _bare(module, x) or len(module._modules) != len(_MLP_PARTS):
         return False
-    parts = module._modules  # attributes of a module cost a search each
-    act, fc1, fc2 = parts.get("act"), parts.get("fc1"), parts.get("fc2")
-    return (
-        type(act) is nn.GELU
-        and act.approximate == "none"
-        and type(fc1) is type(fc2) is nn.Linear
-        and type(parts.get("norm")) is nn.Identity
-        and all(type(drop) is nn.Dropout and (drop.p == 0 or not drop.training) for drop in _drops(module))
-        and all(_unhooked(part) for part in parts.values() if part is not None)
-    )
-
-
-def _drops(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    return module._modules.get("drop1"), module._modules.get("drop2")
+    for name, part in module._modules.items():
+        if part is None or type(part) is not _MLP_PARTS.get(name) or not _unhooked(part):
+            return False
+        if type(part) is nn.Dropout and part.training and part.p > 0:
+            return False
+    return module.act.approximate == "none"
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:

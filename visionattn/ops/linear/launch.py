@@ -16,6 +16,7 @@ TILE = 4096  # values that a program sums at once
 GELU_TILE = 2048  # and of which it finds the gradient
 PROGRAMS = 792  # of a sum at most, all slices of the widest layer together: six for each of 132 processors
 CAST_BLOCK = 2048
+TOGETHER = 3  # fewest parameters that are cast by one launch: PyTorch's own casts of two cost no more host time
 APART = 128  # cast tensors start at multiples of so many values, or matrix products would take slower kernels
 
 _casts, _plans = Plans(), Plans()
@@ -27,7 +28,8 @@ class _Cast:
     def __init__(self, given: Sequence[Tensor], dtype: torch.dtype):
         self.launch, self.total, self.views = None, 0, []
         self.missing = 4 - len(given)
-        if all(x.dtype == dtype for x in given) or not all(x.is_contiguous() for x in given):
+        different = sum(x.dtype != dtype for x in given)
+        if different < TOGETHER or not all(x.is_contiguous() for x in given):
             return
         starts: list[int] = []
         for x in given:
@@ -50,10 +52,12 @@ def cast(given: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     Returns:
         As many tensors, in the same order.
     """
+    if len(given) < TOGETHER:
+        return [x if x.dtype == dtype else x.to(dtype) for x in given]
     key = dtype, given[0].device, *[(x.shape, x.stride(), x.dtype) for x in given]
     plan = _casts.get(key) or _casts.keep(key, _Cast(given, dtype))
     if plan.launch is None:
-        return [x.to(dtype) for x in given]
+        return [x if x.dtype == dtype else x.to(dtype) for x in given]
     buffer = torch.empty(plan.total, dtype=dtype, device=given[0].device)
     plan.launch(*given, *[buffer] * plan.missing, buffer)
     return [buffer.as_strided(*view) for view in plan.views]
