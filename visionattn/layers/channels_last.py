@@ -44,7 +44,8 @@ def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     )
 
 
-def _is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+def is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether calling ``module`` is a depthwise convolution that keeps the size, for ``x [B, H, W, C]`` as any."""
     return (
         type(module) is nn.Conv2d
         and module.groups == module.in_channels == module.out_channels
@@ -114,7 +115,7 @@ def convolve(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     Returns:
         ``[B, H, W, C]``.
     """
-    if _is_depthwise(conv, x):
+    if is_depthwise(conv, x):
         return depthwise_conv(x, conv.weight, conv.bias, residual)
     return residual + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
