@@ -69,6 +69,8 @@ def routing():
         rest = index, (region, region), (region, region), 0.1
         out, lse = launch.forward(q, k, v, *rest)
         launch.backward(out, lse, q, k, v, index, out, lse, *rest[1:])
+        grads = torch.empty(1, side, side, 3, heads, dim, dtype=dtype).unbind(3)
+        launch.backward(out, None, q, k, v, index, out, lse, *rest[1:], grads)
     launch.region_mean(torch.empty(1, 56, 56, 64), (8, 8))
     launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
 
@@ -94,6 +96,7 @@ def depthwise_convolutions():
         weight, x = torch.empty(C, 1, kernel, kernel), packed[..., 2 * C :]
         out = depthwise.forward(x, weight, torch.empty(C), packed[..., :C].contiguous())
         depthwise.forward(out, weight, None, out, flip=True)
+        depthwise.forward(out, weight, None, x, flip=True, out=x)
         depthwise.weight_grad(out, x, weight, torch.empty(C))
 
 

@@ -33,7 +33,7 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("topk, size", [(1, (4, 4)), (2, (4, 6)), (2, (5, 7)), (3, (8, 8))])
+@pytest.mark.parametrize("topk, size", [(1, (4, 4)), (1, (8, 8)), (2, (4, 6)), (2, (5, 7)), (3, (8, 8))])
 def test_equals_float64(calls, topk, size):
     x = torch.randn(2, *size, 16, device=DEVICE, dtype=torch.float64)
     narrow, wide = layer(topk=topk), layer(torch.float64, topk)

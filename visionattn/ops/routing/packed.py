@@ -1,7 +1,7 @@
 """Routed attention of a packed projection with the local enhancement of its values, as one node of the graph.
 
 Apart, queries, keys and values are views with nodes of their own, and the values have two gradients to be added. Here
-the convolution's kernel adds its share to that of the attention, and all three go back as one map.
+the kernels write all three gradients into one map, and that of the convolution adds its share to that of the attention.
 """
 
 from typing import Any
@@ -50,11 +50,11 @@ class _PackedAttention(torch.autograd.Function):
         dqkv = dweight = dbias = None
         grad = grad.contiguous()
         if wanted[0]:
+            dqkv = torch.empty_like(qkv)
+            *grads, dvalues = _parts(dqkv, heads)
             rest = index, out, lse, region, region, scale
-            dq, dk, dv = launcher("routing").backward(grad.view(out.shape), None, *inputs, *rest)
-            shape = values.shape
-            dv = launcher("depthwise").forward(grad, weight, None, dv.view(shape), flip=True, arranged=arranged)
-            dqkv = torch.cat((dq.view(shape), dk.view(shape), dv), 3)
+            launcher("routing").backward(grad.view(out.shape), None, *inputs, *rest, grads)
+            launcher("depthwise").forward(grad, weight, None, dvalues, flip=True, arranged=arranged, out=dvalues)
         if wanted[2] or wanted[3]:
             dweight, dbias = launcher("depthwise").weight_grad(grad, values, weight, bias)
         return dqkv, None, dweight, dbias, None, None, None
