@@ -8,9 +8,9 @@ import torch
 from helpers import assert_close
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
-from visionattn.layers import ChannelsLast, add_normalize, channels_last, convolve, normalize
+from visionattn.layers import ChannelsLast, add_normalize, channels_last, convolve, normalize, project, transform
 
 X = torch.Size((2, 5, 7, 12))
 
@@ -27,7 +27,7 @@ def served(monkeypatch):
 
         return record
 
-    for name in ("layer_norm", "add_layer_norm", "depthwise_conv"):
+    for name in ("layer_norm", "add_layer_norm", "depthwise_conv", "linear", "mlp"):
         monkeypatch.setattr(channels_last, name, recorder(name, getattr(channels_last, name)))
     return names
 
@@ -131,21 +131,110 @@ def test_convolutions_do_what_the_module_does(name, served):
     assert served == (["depthwise_conv"] if name in SERVED_CONVS else [])
 
 
+class DoubledLinear(nn.Linear):
+    """Another forward under the same attributes."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+SERVED_LINEARS = {
+    "plain": lambda: nn.Linear(12, 7),
+    "without bias": lambda: nn.Linear(12, 7, bias=False),
+    "frozen": lambda: nn.Linear(12, 7).requires_grad_(False),
+    "slice": lambda: with_attribute(nn.Linear(12, 14), "weight", nn.Parameter(torch.randn(28, 12)[::2])),
+}
+OTHER_LINEARS = {
+    "identity": nn.Identity,
+    "adapter": lambda: Adapter(nn.Linear(12, 7)),
+    "subclass": lambda: DoubledLinear(12, 7),
+    "lazy": lambda: nn.LazyLinear(7),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(12, 7)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(12, 7), "weight", 9),
+    "hook": lambda: with_hook(nn.Linear(12, 7), "register_forward_hook", lambda module, args, out: 3 * out),
+    "gradient hook": lambda: with_hook(
+        nn.Linear(12, 7), "register_full_backward_hook", lambda module, grads, out: (3 * grads[0],)
+    ),
+    "patched": lambda: with_attribute(nn.Linear(12, 7), "forward", lambda x: x.sin()),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED_LINEARS, *OTHER_LINEARS])
+def test_linear_layers_do_what_the_module_does(name, served):
+    layer, x = {**SERVED_LINEARS, **OTHER_LINEARS}[name](), torch.randn(X).requires_grad_()
+    actual, expected = project(layer, x), layer(x)
+    assert torch.equal(actual, expected)
+    grads = [torch.autograd.grad(out.sin().sum(), x)[0] for out in (expected, actual)]
+    assert torch.equal(*grads)
+    assert served == (["linear"] if name in SERVED_LINEARS else [])
+
+
+def mlp(part=None, change=None, **kwargs):
+    """timm's MLP, of which one part is replaced or changed."""
+    module = timm.layers.Mlp(12, 20, **kwargs)
+    if part is not None:
+        setattr(module, part, change(getattr(module, part)))
+    return module
+
+
+SERVED_MLPS = {
+    "plain": mlp,
+    "without biases": lambda: mlp(bias=False),
+    "one bias": lambda: mlp(bias=(True, False)),
+    "dropout in evaluation": lambda: mlp(drop=0.5).eval(),
+    "frozen": lambda: mlp().requires_grad_(False),
+}
+OTHER_MLPS = {
+    "identity": nn.Identity,
+    "tanh": lambda: mlp("act", lambda act: nn.GELU(approximate="tanh")),
+    "relu": lambda: mlp(act_layer=nn.ReLU),
+    "norm": lambda: mlp(norm_layer=nn.LayerNorm),
+    "dropout": lambda: mlp(drop=0.5),
+    "gated": lambda: timm.layers.GluMlp(12, 20),
+    "adapter": lambda: mlp("fc1", lambda fc1: nn.Sequential(fc1, nn.Tanh())),
+    "subclass": lambda: mlp("fc2", lambda fc2: DoubledLinear(20, 12)),
+    "weight norm": lambda: mlp("fc1", parametrizations.weight_norm),
+    "hook": lambda: with_hook(mlp(), "register_forward_hook", lambda module, args, out: 3 * out),
+    "patched": lambda: with_attribute(mlp(), "forward", lambda x: x.sin()),
+    **{
+        f"hook on {part}": lambda part=part: mlp(
+            part, lambda inner: with_hook(inner, "register_forward_hook", lambda module, args, out: 3 * out)
+        )
+        for part in ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+    },
+    "patched fc1": lambda: mlp("fc1", lambda fc1: with_attribute(fc1, "forward", lambda x: nn.Linear.forward(fc1, -x))),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED_MLPS, *OTHER_MLPS])
+def test_mlps_do_what_the_module_does(name, served):
+    module, x = {**SERVED_MLPS, **OTHER_MLPS}[name](), torch.randn(X).requires_grad_()
+    found = []
+    for function in (lambda x: transform(module, x), module):
+        torch.manual_seed(1)
+        out = function(x)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), x)))
+    assert all(torch.equal(a, e) for a, e in zip(*found, strict=True))
+    assert served == (["mlp"] if name in SERVED_MLPS else [])
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.first, self.second = depthwise(), nn.LayerNorm(12), nn.LayerNorm(12)
+        self.linear, self.mlp = nn.Linear(12, 12), mlp()
 
     def forward(self, x):
         x = convolve(self.conv, x, x)
-        x, y = add_normalize(self.second, x, normalize(self.first, x))
-        return x + y
+        x, y = add_normalize(self.second, x, project(self.linear, normalize(self.first, x)))
+        return x + transform(self.mlp, y)
 
 
 def test_a_traced_graph_names_the_modules(served):
     block, x = Block(), torch.randn(X)
     graph = torch.fx.symbolic_trace(block)
-    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["conv", "first", "second"]
+    names = ["conv", "first", "linear", "second", *(f"mlp.{part}" for part in block.mlp._modules)]
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == names
     assert not served
     assert torch.equal(graph(x), block(x))
 
@@ -176,10 +265,10 @@ def test_stem_works_channels_last_on_a_gpu_alone(device, expected):
 def test_hooks_on_all_modules_see_the_call(served):
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-    norm = nn.LayerNorm(12)
+    norm, linear, block = nn.LayerNorm(12), nn.Linear(12, 12), mlp()
     try:
-        normalize(norm, torch.randn(X))
+        transform(block, project(linear, normalize(norm, torch.randn(X))))
     finally:
         handle.remove()
-    assert seen == [norm]
+    assert seen == [norm, linear, *block.children(), block]
     assert not served

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 from visionattn.ops import kernels_sums
 from visionattn.ops.depthwise import kernels_depthwise
 from visionattn.ops.depthwise import launch as depthwise
+from visionattn.ops.linear import kernels_linear
+from visionattn.ops.linear import launch as linear
 from visionattn.ops.norm import kernels_norm
 from visionattn.ops.norm import launch as norm
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, launch
@@ -68,6 +70,8 @@ def routing():
         rest = index, (region, region), (region, region), 0.1
         out, lse = launch.forward(q, k, v, *rest)
         launch.backward(out, lse, q, k, v, index, out, lse, *rest[1:])
+        grads = torch.empty(1, side, side, 3, heads, dim, dtype=dtype).unbind(3)
+        launch.backward(out, None, q, k, v, index, out, lse, *rest[1:], grads)
     launch.region_mean(torch.empty(1, 56, 56, 64), (8, 8))
     launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
 
@@ -78,8 +82,8 @@ def norms():
         x, weight = torch.empty(shape, dtype=dtype), torch.empty(shape[-1])
         for delta in (None, x):
             norm.forward(x, delta, weight, weight, 1e-6, dtype, save=False)
-            _, out, saved = norm.forward(x, delta, weight, weight, 1e-6, dtype, save=True)
-            norm.backward(out, delta, saved, weight, weight, partial=delta is not None)
+            total, out, stats = norm.forward(x, delta, weight, weight, 1e-6, dtype, save=True)
+            norm.backward(out, delta, total, stats, weight, weight, partial=delta is not None)
 
 
 def depthwise_convolutions():
@@ -93,18 +97,45 @@ def depthwise_convolutions():
         weight, x = torch.empty(C, 1, kernel, kernel), packed[..., 2 * C :]
         out = depthwise.forward(x, weight, torch.empty(C), packed[..., :C].contiguous())
         depthwise.forward(out, weight, None, out, flip=True)
+        depthwise.forward(out, weight, None, x, flip=True, out=x)
         depthwise.weight_grad(out, x, weight, torch.empty(C))
+
+
+def linear_layers():
+    """Casts, bias gradients and the gradient of GELU for an MLP and for single layers."""
+    for rows, C, hidden, dtype in (
+        (784, 64, 192, torch.bfloat16),
+        (49, 96, 288, torch.float16),
+        (9, 10, 33, torch.float32),
+    ):
+        parameters = [torch.empty(shape) for shape in ((hidden, C), (hidden,), (C, hidden), (C,))]
+        linear.cast(parameters, dtype)
+        linear.cast(parameters[:3], torch.float16)
+        grad, pre = torch.empty(rows, C, dtype=dtype), torch.empty(rows, hidden, dtype=dtype)
+        linear.column_sums(grad, torch.float32)
+        for outer, kind in ((grad, torch.float32), (None, torch.float32), (None, None)):
+            linear.gelu_grad(pre, pre, outer, kind)
 
 
 def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
-    for module in (kernels_dense, kernels_depthwise, kernels_listed, kernels_norm, kernels_sums, kernels_tables):
+    families = (
+        kernels_dense,
+        kernels_depthwise,
+        kernels_linear,
+        kernels_listed,
+        kernels_norm,
+        kernels_sums,
+        kernels_tables,
+    )
+    for module in families:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
     routing()
     norms()
     depthwise_convolutions()
+    linear_layers()
 
 
 run(int(sys.argv[1]))

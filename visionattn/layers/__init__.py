@@ -1,6 +1,6 @@
 """Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
-from visionattn.layers.channels_last import ChannelsLast, add_normalize, convolve, normalize
+from visionattn.layers.channels_last import ChannelsLast, add_normalize, convolve, normalize, project, transform
 from visionattn.layers.context_mixing import ContextMixing
 from visionattn.layers.deformable_patches import DeformablePatches
 from visionattn.layers.dilated_reparam import DilatedReparamConv
@@ -27,4 +27,6 @@ __all__ = [
     "convolve",
     "multi_head_attention",
     "normalize",
+    "project",
+    "transform",
 ]

@@ -1,8 +1,9 @@
 """Ordinary modules of PyTorch and timm on channels-last maps, by our operators where those do the same for less.
 
-A model keeps ``nn.Conv2d`` and ``LayerNorm`` modules, with all that tools do to them, and calls them through these
-functions. One that was replaced by another class, or that has hooks, is called as a module. So is every one under a
-tracer, whose graph then names the modules. TorchScript cannot pass modules to functions: it needs a branch of its own.
+A model keeps ``nn.Conv2d``, ``nn.Linear``, ``LayerNorm`` and ``Mlp`` modules, with all that tools do to them, and calls
+them through these functions. One that was replaced by another class, or that has hooks, is called as a module. So is
+every one under a tracer, whose graph then names the modules. TorchScript cannot pass modules to functions: it needs a
+branch of its own.
 """
 
 from typing import TypeGuard
@@ -13,19 +14,23 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm
+from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm, linear, mlp
 
 
-def _bare(module: nn.Module, x: Tensor) -> bool:
-    """Whether calling ``module`` would run its ``forward`` and nothing else, on an ordinary tensor."""
-    return type(x) is Tensor and not (
+def _unhooked(module: nn.Module) -> bool:
+    """Whether nothing of its own hangs on a module's call."""
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
     )
+
+
+def _bare(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling ``module`` would run its ``forward`` and nothing else, on an ordinary tensor."""
+    return type(x) is Tensor and _unhooked(module) and not _has_any_global_hook()
 
 
 def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
@@ -39,7 +44,8 @@ def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     )
 
 
-def _is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+def is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether calling ``module`` is a depthwise convolution that keeps the size, for ``x [B, H, W, C]`` as any."""
     return (
         type(module) is nn.Conv2d
         and module.groups == module.in_channels == module.out_channels
@@ -49,6 +55,21 @@ def _is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
         and module.kernel_size[0] % 2 == module.kernel_size[1] % 2 == 1
         and _bare(module, x)
     )
+
+
+_MLP_PARTS = dict(fc1=nn.Linear, act=nn.GELU, drop1=nn.Dropout, norm=nn.Identity, fc2=nn.Linear, drop2=nn.Dropout)
+
+
+def _is_mlp(module: nn.Module, x: Tensor) -> TypeGuard[timm.layers.Mlp]:
+    """Whether it is timm's MLP with the exact GELU and nothing else between and behind its layers."""
+    if type(module) is not timm.layers.Mlp or not _bare(module, x) or len(module._modules) != len(_MLP_PARTS):
+        return False
+    for name, part in module._modules.items():
+        if part is None or type(part) is not _MLP_PARTS.get(name) or not _unhooked(part):
+            return False
+        if type(part) is nn.Dropout and part.training and part.p > 0:
+            return False
+    return module.act.approximate == "none"
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
@@ -94,9 +115,40 @@ def convolve(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     Returns:
         ``[B, H, W, C]``.
     """
-    if _is_depthwise(conv, x):
+    if is_depthwise(conv, x):
         return depthwise_conv(x, conv.weight, conv.bias, residual)
     return residual + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``.
+
+    Args:
+        layer: A linear layer, or any module over ``[..., C]``.
+        x: ``[..., C]``.
+
+    Returns:
+        What the module gives, for a linear layer ``[..., D]``.
+    """
+    if type(layer) is nn.Linear and _bare(layer, x):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def transform(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``.
+
+    Args:
+        block: timm's ``Mlp``, or any module over ``[..., C]``.
+        x: ``[..., C]``.
+
+    Returns:
+        What the module gives, for an MLP ``[..., D]``.
+    """
+    if _is_mlp(block, x):
+        first, second = block.fc1, block.fc2
+        return mlp(x, first.weight, first.bias, second.weight, second.bias)
+    return block(x)
 
 
 @register_notrace_function  # a leaf for torch.fx, which cannot ask for the device

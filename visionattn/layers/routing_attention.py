@@ -4,8 +4,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.layers.channels_last import convolve
+from visionattn.layers.channels_last import convolve, is_depthwise, project
 from visionattn.ops import crop, pad_to_multiple, region_mean, routed_attention, topk_regions
+from visionattn.ops.routing.packed import packed_attention
 
 
 @register_notrace_module  # a leaf for torch.fx: the operators' argument checks are not traceable
@@ -71,22 +72,37 @@ class RoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.num_regions)
-        B, H, W, C = x.shape
-        qkv = self.qkv(x)
-        q, k, v = qkv.chunk(3, dim=-1)
+        _, H, W, C = x.shape
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         region = (H // self.num_regions, W // self.num_regions)
         # the ranking needs no scale: a positive factor changes no order
         q_mean, k_mean = region_mean(qkv[..., : 2 * C].detach(), region).chunk(2, dim=-1)
         index = topk_regions(q_mean, k_mean, self.topk)
+        # the projection works pixel by pixel, so cropping first gives the same for less
+        if torch.jit.is_scripting():
+            out, v = self._attend(qkv, index, region)
+            out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return self.proj(crop(out, height, width))
+        return project(self.proj, crop(self._enhanced(qkv, index, region), height, width))
+
+    def _attend(self, qkv: Tensor, index: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Attention of a packed projection ``[B, H, W, 3 * C]``, and its values, both ``[B, H, W, C]``."""
+        q, k, v = qkv.chunk(3, dim=-1)
+        B, H, W, C = v.shape
         heads = (B, H, W, self.num_heads, C // self.num_heads)
         out, _ = routed_attention(q.view(heads), k.view(heads), v.view(heads), index, region, scale=self.scale)
-        out = out.view(B, H, W, C)
-        if torch.jit.is_scripting():
-            out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        else:
-            out = convolve(self.lepe, v, residual=out)
-        # the projection works pixel by pixel, so cropping first gives the same for less
-        return self.proj(crop(out, height, width))
+        return out.view(B, H, W, C), v
+
+    @torch.jit.unused
+    def _enhanced(self, qkv: Tensor, index: Tensor, region: tuple[int, int]) -> Tensor:
+        """Attention and the local enhancement of the values."""
+        if is_depthwise(self.lepe, qkv):
+            lepe = self.lepe
+            out = packed_attention(qkv, index, lepe.weight, lepe.bias, self.num_heads, region, self.scale)
+            if out is not None:
+                return out
+        out, v = self._attend(qkv, index, region)
+        return convolve(self.lepe, v, residual=out)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_regions={self.num_regions}, topk={self.topk}"

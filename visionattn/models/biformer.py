@@ -18,7 +18,7 @@ from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visionattn.layers import ChannelsLast, RoutingAttention, add_normalize, convolve, normalize
+from visionattn.layers import ChannelsLast, RoutingAttention, add_normalize, convolve, normalize, project, transform
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
@@ -39,14 +39,13 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        qkv = qkv.reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, H*W, head_dim]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         if torch.jit.is_scripting():
-            out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        else:
-            out = convolve(self.lepe, x, residual=out)
-        return self.proj(out)
+            return self.proj(out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return project(self.proj, convolve(self.lepe, x, residual=out))
 
 
 class BiFormerBlock(nn.Module):
@@ -92,7 +91,7 @@ class BiFormerBlock(nn.Module):
         if self.pos_embed is not None:
             x = convolve(self.pos_embed, x, residual=x)
         x, normed = add_normalize(self.norm2, x, self.drop_path(self.attn(normalize(self.norm1, x))))
-        return (x + self.drop_path(self.mlp(normed))).permute(0, 3, 1, 2)
+        return (x + self.drop_path(transform(self.mlp, normed))).permute(0, 3, 1, 2)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         """The same with every module called, for TorchScript."""

@@ -2,6 +2,7 @@
 
 from visionattn.ops._dispatch import backend, use_backend
 from visionattn.ops.depthwise import depthwise_conv
+from visionattn.ops.linear import linear, mlp
 from visionattn.ops.neighborhood import neighborhood_attention, neighborhood_sum
 from visionattn.ops.norm import add_layer_norm, layer_norm
 from visionattn.ops.padding import crop, pad_to_at_least, pad_to_multiple
@@ -15,6 +16,8 @@ __all__ = [
     "depthwise_conv",
     "join_windows",
     "layer_norm",
+    "linear",
+    "mlp",
     "neighborhood_attention",
     "neighborhood_sum",
     "pad_to_at_least",

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 
@@ -76,6 +77,16 @@ def launches(x: torch.Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's ``once_differentiable`` for a ``backward`` method, free where no second derivative is asked for."""
+    guarded = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 @cache

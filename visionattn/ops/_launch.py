@@ -46,27 +46,29 @@ class Launch:
         self._tail = (*integers, *(constants[name] for name in names))
         self._ready: tuple[Any, ...] = ()  # alignment, function that launches the binary, its first arguments
 
-    def __call__(self, first: Tensor, *rest: Any) -> None:
-        """Launch on the current stream of ``first``'s device, with tensors and floats in the kernel's order."""
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                self._launch((first, *rest))
+    def __call__(self, *args: Any) -> None:
+        """Launch on the current stream of the first tensor's device, with tensors and floats in the kernel's order."""
+        device = args[0].get_device()  # -1 in the interpreter
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self._launch(device, args)
         else:
-            self._launch((first, *rest))
+            self._launch(device, args)
 
-    def _launch(self, args: tuple[Any, ...]) -> None:
-        alignment = 0
+    def _launch(self, device: int, args: tuple[Any, ...]) -> None:
+        bits = 0
         values: list[Any] = []  # addresses as numbers spare the launcher a look at each tensor
         for x in args:
             if isinstance(x, Tensor):
                 address = x.data_ptr()
-                alignment = alignment << 1 | (address & 15 != 0)
+                bits |= address
                 values.append(address)
             else:
                 values.append(float(x))  # of an integer Triton would make a constant
+        alignment = sum(1 << i for i, x in enumerate(values) if type(x) is int and x & 15) if bits & 15 else 0
         ready = self._ready  # read once: another thread may replace it
         if ready and ready[0] == alignment and not _watched():
-            stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+            stream = torch._C._cuda_getCurrentRawStream(device)
             ready[1](*self._grid, stream, *ready[2], *values, *self._tail)
             return
         args = tuple(x if isinstance(x, Tensor) else float(x) for x in args)
@@ -77,9 +79,12 @@ class Launch:
             self._ready = alignment, compiled.run, head
 
 
+_RUNTIME = triton.knobs.runtime
+
+
 def _watched() -> bool:
     """Whether Triton's profiler wants to see launches."""
-    hook = triton.knobs.runtime.launch_enter_hook
+    hook = _RUNTIME.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 
 

@@ -1,17 +1,14 @@
 """``visionattn::depthwise_conv``: registered operator, its gradient, and the short way past PyTorch's dispatcher."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.ops._dispatch import launcher, use_triton
+from visionattn.ops._dispatch import differentiable_once, launcher, use_triton
 from visionattn.ops.depthwise import reference
 
 MAX_KERNEL = 7
@@ -20,8 +17,9 @@ _SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether there is a kernel for these dtypes and this size of the kernel."""
-    given = (y.dtype for y in (x, weight, bias, residual) if y is not None)
-    return all(dtype in _SERVED for dtype in given) and max(weight.shape[2], weight.shape[3]) <= MAX_KERNEL
+    if x.dtype not in _SERVED or weight.dtype not in _SERVED or max(weight.shape[2:]) > MAX_KERNEL:
+        return False
+    return (bias is None or bias.dtype in _SERVED) and (residual is None or residual.dtype in _SERVED)
 
 
 def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -37,9 +35,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def _input_grad(grad: Tensor, weight: Tensor, add: bool, arranged: Tensor | None = None) -> Tensor:
+def _input_grad(grad: Tensor, weight: Tensor, add: bool) -> Tensor:
     if _runs_kernel(grad, weight, None, None):
-        return launcher("depthwise").forward(grad, weight, None, grad if add else None, flip=True, arranged=arranged)
+        return launcher("depthwise").forward(grad, weight, None, grad if add else None, flip=True)
     return _forward(grad, weight.flip(2, 3), None, grad if add else None)
 
 
@@ -80,21 +78,24 @@ class _DepthwiseConv(torch.autograd.Function):
             return _OPS.depthwise_conv.default(x, weight, bias, residual)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, arranged = ctx.saved_tensors
-        input_grad: Callable[..., Tensor] = partial(_input_grad, arranged=arranged)
-        weight_grad: Callable[..., tuple[Tensor, Tensor]] = _weight_grad
-        if not ctx.direct:
-            input_grad = _OPS.depthwise_conv_input_grad.default
-            weight_grad = _OPS.depthwise_conv_weight_grad.default
+        wanted, on_itself = ctx.needs_input_grad, ctx.on_itself
         dx = dweight = dbias = dresidual = None
-        if ctx.needs_input_grad[0]:  # where the map is the residual too, both shares are added in one pass
-            dx = input_grad(grad, weight, ctx.on_itself).to(x.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dweight, dbias = weight_grad(grad, x, weight, bias)
-        if ctx.needs_input_grad[3] and not ctx.on_itself:
-            dresidual = grad.to(ctx.residual)
+        if wanted[0]:  # where the map is the residual too, both shares are added in one pass
+            if ctx.direct:
+                dx = launcher("depthwise").forward(grad, weight, None, grad if on_itself else None, True, arranged)
+            else:
+                dx = _OPS.depthwise_conv_input_grad.default(grad, weight, on_itself)
+            dx = dx if dx.dtype == x.dtype else dx.to(x.dtype)
+        if wanted[1] or wanted[2]:
+            if ctx.direct:
+                dweight, dbias = launcher("depthwise").weight_grad(grad, x, weight, bias)
+            else:
+                dweight, dbias = _OPS.depthwise_conv_weight_grad.default(grad, x, weight, bias)
+        if wanted[3] and not on_itself:
+            dresidual = grad if grad.dtype == ctx.residual else grad.to(ctx.residual)
         return dx, dweight, None if bias is None else dbias, dresidual, None
 
 
@@ -107,7 +108,8 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The operator where a kernel serves it and nothing has to see the call."""
-    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias, residual)):
+    wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and (wanted or (residual is not None and residual.requires_grad)):
         return _DepthwiseConv.apply(x, weight, bias, residual, True)
     return launcher("depthwise").forward(x, weight, bias, residual)
 

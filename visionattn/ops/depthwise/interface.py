@@ -21,8 +21,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(
             f"depthwise_conv wants residual in the shape of x, got {tuple(residual.shape)} and {tuple(x.shape)}"
         )
-    devices = {y.device for y in (x, weight, bias, residual) if y is not None}
-    if len(devices) > 1:
+    device = x.device
+    if (
+        weight.device != device
+        or (bias is not None and bias.device != device)
+        or (residual is not None and residual.device != device)
+    ):
+        devices = {y.device for y in (x, weight, bias, residual) if y is not None}
         raise ValueError(f"depthwise_conv wants all tensors on one device, got {sorted(map(str, devices))}")
 
 

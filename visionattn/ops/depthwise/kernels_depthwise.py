@@ -47,7 +47,7 @@ def _tile(number, B, W, strips, ROWS: tl.constexpr, BLOCK_P: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, r_sb, r_sh, r_sw, B, H, W, strips,
-    x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr,
+    x_sw: tl.constexpr, out_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Convolution, bias and residual of one tile, FLIP with the kernel turned around, which gives the gradient.
@@ -86,7 +86,7 @@ def forward_kernel(
             where = image * r_sb + y.to(tl.int64) * r_sh + column * r_sw
             out += _float32(tl.load(residual_ptr + where[:, None] + c[None, :], mask=mask, other=0.0))
         where = (image * H + y) * W + column
-        tl.store(out_ptr + where[:, None] * C + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + where[:, None] * out_sw + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -53,9 +53,10 @@ def arrange(weight: Tensor) -> Tensor:
     return arranged
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool) -> Launch:
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool, distance: int) -> Launch:
     sizes = _Sizes(x, x if residual is None else residual, weight, 1024)
     constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
+    constants["out_sw"] = distance
     return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), sizes.integers, constants)
 
 
@@ -66,6 +67,7 @@ def forward(
     residual: Tensor | None,
     flip: bool = False,
     arranged: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``visionattn::depthwise_conv`` on the device.
 
@@ -76,19 +78,24 @@ def forward(
         residual: Shape of ``x``.
         flip: Convolve with the kernel turned around.
         arranged: ``arrange(weight)``, if it is there already.
+        out: Where the result goes, ``residual`` itself or a tensor that no argument shares; pixels equally far apart.
 
     Returns:
-        ``[B, H, W, C]``, contiguous.
+        ``[B, H, W, C]``, contiguous without ``out``.
     """
     x = _map(x)
     dtype = x.dtype
     if residual is not None:
         residual = _map(residual)
         dtype = torch.promote_types(dtype, residual.dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    distance = x.shape[3]
+    if out is None:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    else:
+        distance = out.stride(2)
     kind = None if bias is None else bias.dtype
-    key = layout(x), weight.shape, kind, None if residual is None else layout(residual), flip
-    launch = _forward.get(key) or _forward.keep(key, _plan(x, weight, bias, residual, flip))
+    key = layout(x), weight.shape, kind, None if residual is None else layout(residual), flip, distance, out.dtype
+    launch = _forward.get(key) or _forward.keep(key, _plan(x, weight, bias, residual, flip, distance))
     arranged = arrange(weight) if arranged is None else arranged
     launch(x, arranged, arranged if bias is None else bias.contiguous(), x if residual is None else residual, out)
     return out

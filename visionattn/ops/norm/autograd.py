@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import launcher
+from visionattn.ops._dispatch import differentiable_once, launcher
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -21,24 +20,25 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
     ) -> Tensor | tuple[Tensor, Tensor]:
         total, out, saved = launcher("norm").forward(x, delta, weight, bias, eps, dtype, save=True)
-        ctx.save_for_backward(*saved, weight, bias)
+        ctx.save_for_backward(total, saved, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.x_dtype, ctx.delta_dtype = x.dtype, None if delta is None else delta.dtype
+        ctx.dtypes = x.dtype, None if delta is None else delta.dtype
         return out if delta is None else (total, out)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, weight, bias = ctx.saved_tensors
-        grad, grad_sum = grads[-1], grads[0] if len(grads) == 2 else None
+        rows, stats, weight, bias = ctx.saved_tensors
+        grad, grad_sum, wanted = grads[-1], grads[0] if len(grads) == 2 else None, ctx.needs_input_grad
         dx, dweight, dbias = grad_sum, None, None
         if grad is not None:
-            launch, partial = launcher("norm"), ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            dx, dweight, dbias = launch.backward(grad, grad_sum, launch.Saved(*saved), weight, bias, partial)
+            partial = wanted[2] or wanted[3]
+            dx, dweight, dbias = launcher("norm").backward(grad, grad_sum, rows, stats, weight, bias, partial)
         if dx is None:
             return None, None, dweight, dbias, None, None
-        # .to() hands the same tensor back where the dtype is that of the sum
-        return dx.to(ctx.x_dtype), dx.to(ctx.delta_dtype) if ctx.delta_dtype else None, dweight, dbias, None, None
+        x_dtype, delta_dtype = ctx.dtypes
+        ddelta = None if delta_dtype is None else dx if dx.dtype == delta_dtype else dx.to(delta_dtype)
+        return dx if dx.dtype == x_dtype else dx.to(x_dtype), ddelta, dweight, dbias, None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ def _normalized(x, mean, rstd, there):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, delta_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr, eps, x_sn, delta_sn, N,
+    x_ptr, delta_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, stats_ptr, eps, x_sn, delta_sn, N,
     C: tl.constexpr, ADD: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Norm of ``ROWS`` rows of ``x``, or of ``x + delta``, which is then written too."""
@@ -32,13 +32,13 @@ def forward_kernel(
     out = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(out_ptr + n * C + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     if SAVE:
-        tl.store(mean_ptr + rows, mean, mask=inside)
-        tl.store(rstd_ptr + rows, rstd, mask=inside)
+        tl.store(stats_ptr + rows, mean, mask=inside)
+        tl.store(stats_ptr + N + rows, rstd, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, grad_sn, grad_sum_sn, x_sn, N,
+    grad_ptr, grad_sum_ptr, x_ptr, weight_ptr, stats_ptr, dx_ptr, partial_ptr, grad_sn, grad_sum_sn, x_sn, N,
     C: tl.constexpr, ADD: tl.constexpr, PARTIAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows, plus ``grad_sum`` that reaches them past the norm, and sums for weight and bias.
@@ -55,8 +55,8 @@ def backward_kernel(
         mask, n = inside[:, None] & there[None, :], rows.to(tl.int64)[:, None]
         x = tl.load(x_ptr + n * x_sn + c[None, :], mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + n * grad_sn + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=inside, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=inside, other=0.0)
+        mean = tl.load(stats_ptr + rows, mask=inside, other=0.0)
+        rstd = tl.load(stats_ptr + N + rows, mask=inside, other=0.0)
         x = _normalized(x, mean, rstd, there)
         if PARTIAL:
             dweight += grad * x

@@ -1,7 +1,5 @@
 """Launching the Triton kernels of layer norm."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -13,28 +11,15 @@ TILE = 2048  # values that a program holds at once
 PROGRAMS = 512  # of the backward kernel at most: all of them run at the same time
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs: the rows that were normalised, their means and reciprocal deviations."""
-
-    rows: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-
 _forward, _backward = Plans(), Plans()
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x`` itself, or as ``[N, C]``: a view where its rows are equally far apart, else a copy."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` itself, or as ``[N, C]``: a view where its rows are equally far apart, else a copy; and how far that is."""
     if x.is_contiguous():
-        return x
+        return x, x.shape[-1]
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _distance(x: Tensor) -> int:
-    """From one row to the next."""
-    return x.shape[-1] if x.is_contiguous() else x.stride(0)
+    return (x, x.stride(0)) if x.stride(1) == 1 else (x.contiguous(), x.shape[1])
 
 
 def _blocks(C: int) -> dict[str, int]:
@@ -44,39 +29,42 @@ def _blocks(C: int) -> dict[str, int]:
 
 def forward(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, save: bool
-) -> tuple[Tensor, Tensor, Saved | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Norm of ``x``, or of ``x + delta``.
 
     Returns:
-        The sum (``x`` itself without ``delta``), its norm in ``dtype``, and with ``save`` what a backward pass needs.
+        The sum (``x`` as rows without ``delta``), its norm in ``dtype``, and with ``save`` means and reciprocal
+        deviations of the rows, ``[2, N]``, for the backward pass.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
-    shape, C, add = x.shape, x.shape[-1], delta is not None
-    x, N = _rows(x), x.numel() // C
-    other = x if delta is None else _rows(delta)
-    total = torch.empty(shape, dtype=torch.promote_types(x.dtype, other.dtype), device=x.device) if add else x
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    stats = torch.empty((2, N), dtype=torch.float32, device=x.device).unbind(0) if save else (out, out)
-    distances = _distance(x), _distance(other)
-    key = N, C, distances, x.dtype, other.dtype, weight.dtype, bias.dtype, dtype, add, save, x.device
+    shape, C, device, add = x.shape, x.shape[-1], x.device, delta is not None
+    N = x.numel() // C
+    x, distance = _rows(x)
+    other, other_distance = (x, distance) if delta is None else _rows(delta)
+    total = torch.empty(shape, dtype=torch.promote_types(x.dtype, other.dtype), device=device) if add else x
+    out = torch.empty(shape, dtype=dtype, device=device)
+    stats = torch.empty((2, N), dtype=torch.float32, device=device) if save else None
+    key = N, C, distance, other_distance, x.dtype, other.dtype, weight.dtype, bias.dtype, dtype, add, save, device
     launch = _forward.get(key)
     if launch is None:
         constants = dict(C=C, ADD=add, SAVE=save, **_blocks(C))
         grid = (triton.cdiv(N, constants["ROWS"]),)
-        launch = _forward.keep(key, Launch(kernels_norm.forward_kernel, grid, (*distances, N), constants))
-    launch(x, other, weight, bias, total, out, *stats, eps)
-    return total, out, Saved(total, *stats) if save else None
+        integers = distance, other_distance, N
+        launch = _forward.keep(key, Launch(kernels_norm.forward_kernel, grid, integers, constants))
+    launch(x, other, weight, bias, total, out, out if stats is None else stats, eps)
+    return total, out, stats
 
 
 def backward(
-    grad: Tensor, grad_sum: Tensor | None, saved: Saved, weight: Tensor, bias: Tensor, partial: bool
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, partial: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the normalised rows, and with ``partial`` those of weight and bias.
 
     Args:
         grad: Gradient of the norm.
         grad_sum: Gradient that reaches the rows past the norm.
-        saved: From the forward pass.
+        x: The rows that were normalised, from the forward pass.
+        stats: Their means and reciprocal deviations.
         weight: Weight ``[C]``.
         bias: Bias ``[C]``.
         partial: Whether the gradients of weight and bias are wanted.
@@ -84,18 +72,20 @@ def backward(
     Returns:
         The gradients; that of the rows has the shape of ``grad`` and the dtype of the rows.
     """
-    x, C, weight = saved.rows, grad.shape[-1], weight.contiguous()
-    dx = torch.empty(grad.shape, dtype=x.dtype, device=x.device)
-    grad, N = _rows(grad), grad.numel() // C
-    other = grad if grad_sum is None else _rows(grad_sum)
-    distances = _distance(grad), _distance(other), _distance(x)
-    key = N, C, distances, x.dtype, grad.dtype, other.dtype, weight.dtype, grad_sum is None, partial, x.device
+    shape, dtype, device, add = grad.shape, x.dtype, x.device, grad_sum is not None
+    C, N, weight = shape[-1], stats.shape[1], weight.contiguous()
+    dx = torch.empty(shape, dtype=dtype, device=device)
+    grad, distance = _rows(grad)
+    other, other_distance = (grad, distance) if grad_sum is None else _rows(grad_sum)
+    x, x_distance = _rows(x)
+    distances = distance, other_distance, x_distance
+    key = N, C, distances, dtype, grad.dtype, other.dtype, weight.dtype, add, partial, device
     launch, programs = _backward.get(key) or (None, 0)
     if launch is None:
-        constants = dict(C=C, ADD=grad_sum is not None, PARTIAL=partial, **_blocks(C))
+        constants = dict(C=C, ADD=add, PARTIAL=partial, **_blocks(C))
         programs = min(PROGRAMS, triton.cdiv(N, constants["ROWS"]))
         launch = Launch(kernels_norm.backward_kernel, (programs,), (*distances, N), constants)
         _backward.keep(key, (launch, programs))
-    sums = torch.empty((programs, 2, C), dtype=torch.float32, device=x.device) if partial else dx
-    launch(grad, other, x, weight, saved.mean, saved.rstd, dx, sums)
+    sums = torch.empty((programs, 2, C), dtype=torch.float32, device=device) if partial else dx
+    launch(grad, other, x, weight, stats, dx, sums)
     return (dx, *sum_programs(sums, weight, bias)) if partial else (dx, None, None)

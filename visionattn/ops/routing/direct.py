@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import autocast_dtype, launcher, launches
+from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
 
 
 class _RoutedAttention(torch.autograd.Function):
@@ -34,7 +33,7 @@ class _RoutedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             if grad_lse is None:

@@ -224,9 +224,12 @@ def dense_query_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr,
     LOG2_T: tl.constexpr, LOG2_TK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LSE_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LSE_GRAD: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of all queries of one image and head, and their ``delta = sum(out * grad_out) - grad_lse``."""
+    """Gradient of all queries of one image and head, and their ``delta = sum(out * grad_out) - grad_lse``.
+
+    The pixels of the gradient are ``SPREAD`` times as far apart as those of the output.
+    """
     head, batch = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     q_ptr += batch * q_sb + head * q_sn
@@ -269,6 +272,7 @@ def dense_query_grad_kernel(
                 p = tl.exp2(scores * factor - lse[:, None])
                 ds = p * (tl.dot(do, tl.trans(values[i]), input_precision=PRECISION) - delta[:, None])
                 dq = tl.dot(ds.to(q.dtype), keys[i], dq, input_precision=PRECISION)
+        where = image * SPREAD + (pixels * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
         tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
@@ -280,7 +284,7 @@ def dense_key_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr,
     LOG2_T: tl.constexpr, LOG2_TK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BLOCK_N`` keys and values of one image and head."""
     tiles = tl.cdiv(NK, BLOCK_N)
@@ -319,7 +323,7 @@ def dense_key_grad_kernel(
         ds = (p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
     keys = _offsets(n, key_size, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, WK, 1)
-    where = batch * (NK * HEADS * D) + (keys * HEADS + head)[:, None] * D + d[None, :]
+    where = batch * (NK * HEADS * D * SPREAD) + (keys * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
     mask = (n < NK)[:, None] & (d < D)[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)

@@ -156,10 +156,11 @@ def query_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
     LOG2_TK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr, LSE_GRAD: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``BLOCK_M`` query rows, and their ``delta = sum(out * grad_out) - grad_lse`` for the keys' gradient.
 
-    Output, its gradient and the query's gradient are contiguous.
+    Output and its gradient are contiguous, the pixels of the query's gradient ``SPREAD`` times as far apart.
     """
     pid = tl.program_id(0)
     head, pid = pid % HEADS, pid // HEADS
@@ -206,6 +207,7 @@ def query_grad_kernel(
         p = tl.exp2(scores * factor - shift[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    where = batch * (H * W * HEADS * D * SPREAD) + (pixels * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
     tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
@@ -253,7 +255,7 @@ def key_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr, PRECISION: tl.constexpr,
     LOG2_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
-    ONE_PASS: tl.constexpr, FULL: tl.constexpr, LSE_GRAD: tl.constexpr,
+    ONE_PASS: tl.constexpr, FULL: tl.constexpr, LSE_GRAD: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BLOCK_N`` key and value rows of one region and head.
 
@@ -317,8 +319,9 @@ def key_grad_kernel(
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         if ONE_PASS:
             dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+            where = image * SPREAD + (pixels * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
             tl.store(dq_ptr + where, dq.to(dq_ptr.dtype.element_ty), mask=mask)
     keys = _offsets(region, cols, KEY_GRID_W, kh, kw, LOG2_KW, WK, 1)
-    where = batch * (HK * WK * HEADS * D) + (keys * HEADS + head)[:, None] * D + d[None, :]
+    where = batch * (HK * WK * HEADS * D * SPREAD) + (keys * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=kv_mask)
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=kv_mask)

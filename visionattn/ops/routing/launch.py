@@ -67,6 +67,7 @@ class _Shape:
         index: Tensor,
         q_region: Sequence[int],
         kv_region: Sequence[int],
+        spread: int = 1,
     ):
         self.B, self.H, self.W, self.heads, self.D = query.shape
         self.HK, self.WK = key.shape[1:3]
@@ -94,6 +95,7 @@ class _Shape:
             BLOCK_D=self.block_d,
             LOG2_RW=_log2(self.rw),
             LOG2_KW=_log2(self.kw),
+            SPREAD=spread,
             PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
         )
         # float16 has no room for exponentials of unshifted scores
@@ -323,21 +325,25 @@ def backward(
     q_region: Sequence[int],
     kv_region: Sequence[int],
     scale: float,
+    grads: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``visionattn::routed_attention_backward`` on the device."""
+    """``visionattn::routed_attention_backward`` on the device, with ``grads`` into the thirds of a packed map."""
     factor = 1.0
     if scale <= 0:
         query, factor, scale = query * scale, scale, 1.0
     query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
     lse_grad = grad_lse is not None
-    name = (layout(query), layout(key), layout(value), layout(index), tuple(q_region), tuple(kv_region), lse_grad)
+    spread = 1 if grads is None else 3
+    regions = tuple(q_region), tuple(kv_region)
+    name = (layout(query), layout(key), layout(value), layout(index), regions, lse_grad, spread)
     run = _backward_plans.get(name) or _backward_plans.keep(
-        name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region), lse_grad)
+        name, _plan_backward(_Shape(query, key, value, index, q_region, kv_region, spread), lse_grad)
     )
     saved = _Saved(out.contiguous(), lse, grad_out.contiguous(), lse if grad_lse is None else grad_lse.contiguous())
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-    run((query, key, value), index, saved, grads, scale)
-    return grads[0] * factor if factor != 1.0 else grads[0], grads[1], grads[2]
+    if grads is None:
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    run((query, key, value), index, saved, list(grads), scale)
+    return grads[0].mul_(factor) if factor != 1.0 else grads[0], grads[1], grads[2]
 
 
 def _plan_region_mean(x: Tensor, region: Sequence[int]) -> tuple[Launch, tuple[int, ...]]:

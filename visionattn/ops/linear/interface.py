@@ -1,0 +1,87 @@
+"""Public linear operators: pick an implementation, nothing else; PyTorch checks the shapes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from visionattn.ops._dispatch import autocast_dtype, launches
+from visionattn.ops.linear import autograd
+
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _fits(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> bool:
+    """Whether shapes and dtypes are those of a linear layer on ``x``; with ``cast`` the dtypes need not be equal."""
+    for y in (weight,) if bias is None else (weight, bias):
+        if type(y) is not Parameter and type(y) is not Tensor:  # quantised or distributed parameters
+            return False
+        if y.device != x.device or (y.dtype not in _SERVED if cast else y.dtype != dtype):
+            return False
+    return weight.dim() == 2 and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _dtype(x: Tensor) -> torch.dtype | None:
+    """Dtype of the result if a gradient may be wanted of a map that the kernels serve."""
+    if not (torch.is_grad_enabled() and launches(x)) or x.dim() == 0 or x.dtype not in _SERVED or x.numel() == 0:
+        return None
+    return autocast_dtype(x)
+
+
+def _casts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, in eager training on a GPU with about a third of its host time.
+
+    Args:
+        x: ``[..., C]``, any float dtype.
+        weight: ``[D, C]``, the parameter of an ``nn.Linear``.
+        bias: ``[D]``.
+
+    Returns:
+        ``[..., D]`` in the dtype that PyTorch gives, under autocast its dtype. Where a gradient is wanted on a GPU it
+        is differentiable once; that of a float32 weight is not rounded to autocast's dtype on its way.
+
+    Raises:
+        RuntimeError: Shapes or dtypes that do not fit together, by PyTorch.
+    """
+    dtype = _dtype(x)
+    if (
+        dtype is not None
+        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        and _fits(dtype, x, weight, bias, _casts(x))
+        and weight.shape[1] == x.shape[-1]
+    ):
+        return autograd.linear(x, weight, bias, dtype)
+    return F.linear(x, weight, bias)
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """Two linear layers with the exact GELU between them: ``linear(gelu(linear(x)))``.
+
+    Args:
+        x: ``[..., C]``, any float dtype.
+        weight1: ``[D, C]``.
+        bias1: ``[D]``.
+        weight2: ``[E, D]``.
+        bias2: ``[E]``.
+
+    Returns:
+        ``[..., E]``, as ``linear`` gives it.
+
+    Raises:
+        RuntimeError: Shapes or dtypes that do not fit together, by PyTorch.
+    """
+    dtype = _dtype(x)
+    if (
+        dtype is not None
+        and any(y is not None and y.requires_grad for y in (x, weight1, bias1, weight2, bias2))
+        and _fits(dtype, x, weight1, bias1, _casts(x))
+        and _fits(dtype, x, weight2, bias2, _casts(x))
+        and weight1.shape[1] == x.shape[-1]
+        and weight2.shape[1] == weight1.shape[0]
+    ):
+        return autograd.mlp(x, weight1, bias1, weight2, bias2, dtype)
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
