@@ -162,7 +162,8 @@ def test_gradients_of_any_strides_come_back(kind):
             grad = views[kind](torch.randn(out.shape, device=DEVICE))
             actual = torch.autograd.grad(out, wanted, grad, retain_graph=True)
             expected = torch.autograd.grad(out, wanted, grad.contiguous())
-            assert all(torch.equal(e, a) for e, a in zip(expected, actual, strict=True))
+            for e, a in zip(expected, actual, strict=True):  # of other strides PyTorch may take another product
+                assert_close("gradient", e, a, 1e-6)
 
 
 def test_more_rows_than_programs_hold(monkeypatch):

@@ -155,9 +155,12 @@ def dense_grad_kernel(
     HEADS: tl.constexpr, GRID_W: tl.constexpr, KEY_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOG2_RW: tl.constexpr, LOG2_KW: tl.constexpr,
     LOG2_T: tl.constexpr, LOG2_TK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LSE_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LSE_GRAD: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all queries, keys and values of one image and head; those of the keys stay in registers."""
+    """Gradients of all queries, keys and values of one image and head; those of the keys stay in registers.
+
+    The pixels of the gradients are ``SPREAD`` times as far apart as those of the output.
+    """
     head, batch = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     q_ptr += batch * q_sb + head * q_sn
@@ -206,11 +209,12 @@ def dense_grad_kernel(
                 more_k += (tl.dot(tl.trans(ds), q, dk[i], input_precision=PRECISION),)
                 dq = tl.dot(ds, keys[i], dq, input_precision=PRECISION)
             dk, dv = more_k, more_v
+        where = image * SPREAD + (pixels * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
         tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(len(PARTS)):
         n = i * PART + tl.arange(0, PARTS[i])
         pixels = _offsets(n, key_size, KEY_GRID_W, kh, kw, LOG2_TK, LOG2_KW, WK, 1)
-        where = batch * (NK * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
+        where = batch * (NK * HEADS * D * SPREAD) + (pixels * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
         mask = (n < NK)[:, None] & (d < D)[None, :]
         tl.store(dk_ptr + where, (dk[i] * scale).to(dk_ptr.dtype.element_ty), mask=mask)
         tl.store(dv_ptr + where, dv[i].to(dv_ptr.dtype.element_ty), mask=mask)

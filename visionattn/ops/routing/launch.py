@@ -116,12 +116,19 @@ class _Shape:
 
     # dense family
 
-    def masks(self) -> tuple[Launch, tuple[int, ...], int]:
-        """Launch that turns lists into bit masks, shape of the masks, and number of tables."""
-        tables = self.B * self.tables
+    def masks(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """What turns lists into bit masks and how many rounds of these each table has."""
+        tables, shape = self.B * self.tables, (self.B * self.tables, self.K, self.P)
         blocks = dict(BLOCK_P=triton.next_power_of_2(self.P), BLOCK_K=triton.next_power_of_2(self.K))
         launch = Launch(kernels_dense.mask_kernel, (tables,), (self.P, self.K, self.PK), blocks)
-        return launch, (tables, self.K, self.P), tables
+
+        def build(index: Tensor) -> tuple[Tensor, Tensor]:
+            masks = torch.empty(shape, dtype=torch.int64, device=index.device)
+            rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
+            launch(index, masks, rounds)
+            return masks, rounds
+
+        return build
 
     def dense_integers(self) -> tuple[int, ...]:
         table = self.tables, 1 if self.tables > 1 else 0
@@ -152,17 +159,14 @@ class _Shape:
 
 def _plan_forward(s: _Shape) -> Callable[..., None]:
     if s.dense:
-        build, shape, tables = s.masks()
+        build = s.masks()
         attend = s.tuned("dense_forward", s.tile("dense_forward", s.N, s.NK), lambda tile: s.prepare(
             kernels_dense.dense_forward_kernel, s.B * s.heads, s.dense_integers(), tile,
             BLOCK_M=tile.rows, EXACT=s.exact, **s.dense_constants(),
         ))  # fmt: skip
 
         def dense(query: Tensor, key: Tensor, value: Tensor, index: Tensor, *rest: Any) -> None:
-            masks = torch.empty(shape, dtype=torch.int64, device=index.device)
-            rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
-            build(index, masks, rounds)
-            attend(query, key, value, masks, rounds, *rest)
+            attend(query, key, value, *build(index), *rest)
 
         return dense
     return s.tuned("forward", s.tile("forward", s.T, s.K * s.TK), lambda tile: s.listed(
@@ -275,8 +279,7 @@ def _plan_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
 
 
 def _plan_dense_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
-    build, shape, tables = s.masks()
-    constants = s.dense_constants()
+    build, constants = s.masks(), s.dense_constants()
     if s.dtype.itemsize == 2 and sum(constants["PARTS"]) * s.block_d <= DENSE_GRADS:
         whole = s.tuned("dense_grad", s.tile("dense_grad", s.N, s.NK), lambda tile: s.prepare(
             kernels_dense.dense_grad_kernel, s.B * s.heads, s.dense_integers(), tile,
@@ -286,10 +289,7 @@ def _plan_dense_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
         def run_whole(
             inputs: tuple[Tensor, ...], index: Tensor, saved: _Saved, grads: list[Tensor], scale: float
         ) -> None:
-            masks = torch.empty(shape, dtype=torch.int64, device=index.device)
-            rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
-            build(index, masks, rounds)
-            whole(*inputs, masks, rounds, *saved, *grads, scale)
+            whole(*inputs, *build(index), *saved, *grads, scale)
 
         return run_whole
     query_grad = s.tuned("dense_query_grad", s.tile("dense_query_grad", s.N, s.NK), lambda tile: s.prepare(
@@ -303,12 +303,9 @@ def _plan_dense_backward(s: _Shape, lse_grad: bool) -> Callable[..., None]:
     ))  # fmt: skip
 
     def run(inputs: tuple[Tensor, ...], index: Tensor, saved: _Saved, grads: list[Tensor], scale: float) -> None:
-        masks = torch.empty(shape, dtype=torch.int64, device=index.device)
-        rounds = torch.empty(tables, dtype=torch.int32, device=index.device)
-        delta = torch.empty_like(saved.lse)
-        build(index, masks, rounds)
-        query_grad(*inputs, masks, rounds, *saved, grads[0], delta, scale)
-        key_grad(*inputs, masks, rounds, saved.lse, saved.grad_out, delta, *grads[1:], scale)
+        delta, masks = torch.empty_like(saved.lse), build(index)
+        query_grad(*inputs, *masks, *saved, grads[0], delta, scale)
+        key_grad(*inputs, *masks, saved.lse, saved.grad_out, delta, *grads[1:], scale)
 
     return run
 
