@@ -4,6 +4,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from visionattn.layers.channels_last import project
 from visionattn.ops import crop, neighborhood_attention, pad_to_at_least
 
 
@@ -61,10 +62,12 @@ class NeighborhoodAttention(nn.Module):
         height, width, span = x.shape[1], x.shape[2], self.kernel_size * self.dilation
         x = pad_to_at_least(x, span, span)
         B, H, W, C = x.shape
-        qkv = self.qkv(x).view(B, H, W, 3, self.num_heads, C // self.num_heads)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        qkv = qkv.view(B, H, W, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         out = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.rpb)
-        return self.proj(crop(out.view(B, H, W, C), height, width))
+        out = crop(out.view(B, H, W, C), height, width)
+        return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"

@@ -15,7 +15,7 @@ from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visionattn.layers import NeighborhoodAttention
+from visionattn.layers import ChannelsLast, NeighborhoodAttention, add_normalize, normalize, transform
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys
 
@@ -59,11 +59,14 @@ class NATBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        y = self.attn(self.norm1(x))
-        x = x + self.drop_path(y if self.gamma1 is None else self.gamma1 * y)
-        y = self.mlp(self.norm2(x))
-        x = x + self.drop_path(y if self.gamma2 is None else self.gamma2 * y)
-        return x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
+            return (x + self._branch(self.mlp(self.norm2(x)), self.gamma2)).permute(0, 3, 1, 2)
+        x, normed = add_normalize(self.norm2, x, self._branch(self.attn(normalize(self.norm1, x)), self.gamma1))
+        return (x + self._branch(transform(self.mlp, normed), self.gamma2)).permute(0, 3, 1, 2)
+
+    def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
+        return self.drop_path(x if gamma is None else gamma * x)
 
 
 class NAT(PyramidBackbone):
@@ -115,7 +118,7 @@ class NAT(PyramidBackbone):
                 f"got {depths}, {embed_dims}, {num_heads}, {dilations}"
             )
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.stem = nn.Sequential(
+        self.stem = ChannelsLast(
             nn.Conv2d(in_chans, embed_dims[0] // 2, 3, stride=2, padding=1, **dd),
             nn.Conv2d(embed_dims[0] // 2, embed_dims[0], 3, stride=2, padding=1, **dd),
             LayerNorm2d(embed_dims[0], eps=1e-5, **dd),
