@@ -1,6 +1,7 @@
 """The benchmark of the neighbourhood operators: its forms, shapes and rows."""
 
 import csv
+import re
 import sys
 from types import SimpleNamespace
 
@@ -113,10 +114,10 @@ def test_a_wrong_gradient_of_a_bias_is_not_timed(operator, form, shape, entry):
 
     def attend(*inputs):
         inputs = list(inputs)
-        inputs[entry] = 0.9 * inputs[entry].detach() + 0.1 * inputs[entry] + (0 * inputs[entry])
+        inputs[entry] = 0.9 * inputs[entry].detach() + 0.1 * inputs[entry]
         return prepared.attend(*inputs)
 
-    with pytest.raises(ValueError, match=f"{form.replace('+', '.')}, Shape.*: error 9.0e-01"):
+    with pytest.raises(ValueError, match=rf"{re.escape(form)}, Shape.*: error (8\.9|9\.0)e-01"):
         check(form, found, prepared._replace(attend=attend), data, shape)
     without = prepared._replace(attend=lambda *x: prepared.attend(*(y.detach() if y is x[entry] else y for y in x)))
     with pytest.raises(ValueError, match="error inf"):

@@ -3,7 +3,7 @@
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionattn.layers import ContextMixing
 from visionattn.ops import neighborhood_sum
@@ -47,7 +47,7 @@ def network_shapes() -> dict[str, Shape]:
     found: dict[Shape, str] = {}
     for where, side, module in stage_modules(NETWORKS, ContextMixing):
         layer = cast(ContextMixing, module)
-        dim = layer.query[0].in_channels // (2 * layer.groups)
+        dim = cast(nn.Conv2d, layer.query[0]).in_channels // (2 * layer.groups)
         shape = Shape(128, side, (layer.small_kernel, layer.kernel_size), layer.groups, dim)
         found.setdefault(shape, f"{where}: {shape.name()}")
     return {name: shape for shape, name in found.items()}

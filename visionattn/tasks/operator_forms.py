@@ -129,7 +129,8 @@ def dense_exact(data: Data, shape: Any) -> Tensor:
     packed = data.batched[0]
     index = torch.zeros(len(packed), 1, 1, 1, dtype=torch.int32, device=packed.device)
     height, width = packed.shape[1:3]
-    return routed_attention(*packed.unbind(3), index, (height, width))[0]
+    query, key, value = packed.unbind(3)
+    return routed_attention(query, key, value, index, (height, width))[0]
 
 
 DENSE_FORM = Form(dense_form, dense_exact, images=1)  # every image takes the same way, and float64 is slow
