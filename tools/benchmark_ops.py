@@ -1,4 +1,4 @@
-"""``python tools/benchmark_ops.py [--output FILE.csv]``: the same as ``visionattn benchmark --ops``."""
+"""``python tools/benchmark_ops.py [--operator NAME ...]``: the same as ``visionattn benchmark --ops``."""
 
 import sys
 

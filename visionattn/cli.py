@@ -107,7 +107,7 @@ def convert_command(args: argparse.Namespace) -> None:
     print(f"{path}, entered in {path.with_name('index.csv')}")
 
 
-_SAME_NAME = ("rounds", "device", "dtype", "autocast", "channels_last", "compile", "cuda_graph")  # options and settings
+_SAME_NAME = ("rounds", "device", "autocast", "channels_last", "compile", "cuda_graph")  # options and settings
 
 
 def benchmark_command(args: argparse.Namespace) -> None:
@@ -118,9 +118,13 @@ def benchmark_command(args: argparse.Namespace) -> None:
         raise ValueError("give either names of models or --attention SIDE or --ops")
     output = Path(args.output) if args.output else None
     if args.ops:
-        from visionattn.tasks.benchmark_ops import FORMS, benchmark_ops
+        from visionattn.tasks.benchmark_ops import benchmark_ops
 
-        print(benchmark_ops(output, args.forms.split(",") if args.forms else list(FORMS), args.rounds))
+        def report(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        forms = args.forms.split(",") if args.forms else None
+        print(benchmark_ops(output, forms, args.rounds, args.operator, args.shapes, args.dtype or "bf16", report))
         return
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -134,6 +138,7 @@ def benchmark_command(args: argparse.Namespace) -> None:
         batch=args.batch_size,
         size=(size[0], size[-1]) if size else None,
         model_kwargs=dict(args.model_kwargs),
+        dtype=args.dtype or "fp32",
         **{key: getattr(args, key) for key in _SAME_NAME},
     )
     if args.models:
@@ -206,18 +211,30 @@ def _keyword(text: str) -> tuple[str, Any]:
         return name, value
 
 
+_OPERATORS = ("routed_attention", "neighborhood_attention", "neighborhood_sum")
+_SHAPES_HELP = "with --ops: networks for the calls of the published networks, of the neighbourhood operators"
+_FORMS_HELP = (
+    "with --ops: only these of visionattn,gather,dense SDPA,flex_attention (routed_attention), "
+    "visionattn,visionattn + bias,NATTEN,flex_attention,dense SDPA,eager (neighborhood_attention), "
+    "visionattn,eager,windows (neighborhood_sum)"
+)
+
+
 def _add_benchmark(commands: Any) -> None:
     command = commands.add_parser(
         "benchmark",
         help="time models, attention layers or operators side by side",
         description="visionattn benchmark davit_t davit_tiny patnet_t2:folded fasternet_t2 --threads 2; "
-        "or visionattn benchmark --attention 14 --batch-size 16; or visionattn benchmark --ops",
+        "or visionattn benchmark --attention 14 --batch-size 16; or visionattn benchmark --ops "
+        "[--operator neighborhood_attention]",
     )
     add, switch = command.add_argument, argparse.BooleanOptionalAction
     add("models", nargs="*", metavar="MODEL[:folded]", help="names of timm or this package")
     add("--attention", type=int, metavar="SIDE", help="HiLo and its peers on maps of this side")
-    add("--ops", action="store_true", help="routed attention and its peers on a CUDA device")
-    add("--forms", metavar="A,B", help="with --ops: only these of visionattn,gather,dense SDPA,flex_attention")
+    add("--ops", action="store_true", help="an operator and its peers on a CUDA device")
+    add("--operator", choices=_OPERATORS, default=_OPERATORS[0], help=f"with --ops (default {_OPERATORS[0]})")
+    add("--shapes", choices=("default", "networks"), default="default", help=_SHAPES_HELP)
+    add("--forms", metavar="A,B", help=_FORMS_HELP)
     add("--output", help="with models or --ops: CSV file to append to")
     add("--dim", type=int, default=384, help="with --attention: channels of the maps (default 384)")
     add("--heads", type=int, default=12, help="with --attention: attention heads (default 12)")
@@ -226,7 +243,7 @@ def _add_benchmark(commands: Any) -> None:
     add("--modes", default="inference", help="some of inference,training,features (default inference)")
     add("--rounds", type=int, default=30, help="times that each is called (default 30)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="default fp32, with --ops bf16")
     add("--autocast", action=switch, default=True, help="autocast to the type, or weights and images of it")
     add("--channels-last", action=switch, help="memory format (default: only on a CUDA device)")
     add(

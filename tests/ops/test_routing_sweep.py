@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops import routed_attention, use_backend
-from visionattn.tasks.benchmark_ops import SHAPES
+from visionattn.tasks.benchmark_routing import SHAPES
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()

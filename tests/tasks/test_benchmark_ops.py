@@ -9,35 +9,45 @@ import torch
 from visionattn.cli import main
 from visionattn.ops import routed_attention
 from visionattn.tasks import benchmark_ops as ops
-from visionattn.tasks import timing
-from visionattn.tasks.benchmark_ops import DENSE, FLEX, FORMS, GATHER, OURS, Shape, benchmark_ops, check
+from visionattn.tasks import benchmark_routing as routing
+from visionattn.tasks import operator_forms, timing
+from visionattn.tasks.benchmark_ops import benchmark_ops
+from visionattn.tasks.benchmark_routing import GATHER, OPERATOR, Shape
+from visionattn.tasks.operator_forms import DENSE, FLEX, OURS, check
 from visionattn.tasks.records import ORIGIN
 
+FORMS = OPERATOR.forms
 SMALL = {"small regions": Shape(2, 8, 2, 2, 3, 16), "large regions": Shape(2, 24, 2, 8, 2, 16)}
 EVERY_SHAPE = pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """The benchmark at small shapes, uncompiled."""
-    monkeypatch.setattr(ops, "_DEVICE", "cpu")
-    monkeypatch.setattr(ops, "SHAPES", SMALL)
-    monkeypatch.setattr(ops, "OFFICIAL_MS", dict.fromkeys(SMALL, (0.5, 4.0)))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+def small_shapes(monkeypatch):
+    """The benchmark at small shapes."""
+    published = {GATHER: dict.fromkeys(SMALL, (0.5, 4.0))}
+    small = OPERATOR._replace(sets={"default": lambda: SMALL}, published=published)
+    monkeypatch.setitem(ops.OPERATORS, "routed_attention", small)
+
+
+def made(shape):
+    """Data in float64."""
+    return routing.inputs(shape, torch.float64, "cpu")
 
 
 @EVERY_SHAPE
 @pytest.mark.parametrize("form", [OURS, GATHER, DENSE])
 def test_output_and_gradient_agree_with_float64(form, shape):
-    packed, index, weights = ops.inputs(shape, torch.float64)
-    assert check(form, FORMS[form](packed, index, shape), packed, index, weights, shape) < 1e-12
+    data = made(shape)
+    assert check(form, FORMS[form], FORMS[form].prepare(data, shape), data, shape) < 1e-12
 
 
 @EVERY_SHAPE
 def test_gather_form_is_routed_attention(shape):
-    packed, index, _ = ops.inputs(shape, torch.float64)
-    prepared = ops.gather_form(packed, index, shape)
-    expected = routed_attention(*packed.unbind(3), index, (shape.region, shape.region))[0]
+    data = made(shape)
+    prepared = routing.gather_form(data, shape)
+    expected = routed_attention(*data.batched[0].unbind(3), data.table, (shape.region, shape.region))[0]
     assert torch.allclose(prepared.attend(*prepared.inputs), expected, atol=1e-12)
     T, C = shape.region**2, shape.heads * shape.dim
     assert [tuple(x.shape[2:]) for x in prepared.inputs] == [(T, C), (T, 2 * C)]  # keys and values side by side
@@ -46,17 +56,18 @@ def test_gather_form_is_routed_attention(shape):
 @EVERY_SHAPE
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_form_is_routed_attention(shape):
-    packed, index, _ = ops.inputs(shape, torch.float64)
-    prepared = ops.flex_form(packed.detach(), index, shape)
-    expected = routed_attention(*packed.unbind(3), index, (shape.region, shape.region))[0]
+    data = made(shape)
+    packed = data.batched[0].detach()
+    prepared = routing.flex_form(data._replace(batched=(packed,)), shape)
+    expected = routed_attention(*packed.unbind(3), data.table, (shape.region, shape.region))[0]
     assert torch.allclose(prepared.restore(prepared.attend(*prepared.inputs)), expected, atol=1e-12)
 
 
 def test_blocks_of_flex_are_the_table():
     """What the compiled kernels walk over; the uncompiled form asks the mask alone."""
     shape = SMALL["large regions"]
-    _, index, _ = ops.inputs(shape, torch.float64)
-    mask = ops.block_mask(index, shape)
+    index = made(shape).table
+    mask = routing.block_mask(index, shape)
     assert mask.BLOCK_SIZE == (64, 64) and not mask.kv_num_blocks.any()
     assert (mask.full_kv_num_blocks == shape.topk).all()
     assert torch.equal(mask.full_kv_indices[..., : shape.topk].sort().values, index.sort().values)
@@ -67,33 +78,31 @@ def test_blocks_of_flex_are_the_table():
 
 def test_a_wrong_result_is_not_timed():
     shape = SMALL["small regions"]
-    packed, index, weights = ops.inputs(shape, torch.float64)
-    prepared = FORMS[OURS](packed, index, shape)
+    data = made(shape)
+    prepared = FORMS[OURS].prepare(data, shape)
     wrong = prepared._replace(attend=lambda q, k, v: prepared.attend(q, k, v) * 1.1)
-    with pytest.raises(ValueError, match=r"visionattn, Shape.*: error 1.0e-01 .* allowed 0.02; not timed"):
-        check(OURS, wrong, packed, index, weights, shape)
+    with pytest.raises(ValueError, match=r"visionattn, Shape.*: error 1.0e-01 .* allowed 1e-10; not timed"):
+        check(OURS, FORMS[OURS], wrong, data, shape)
 
 
-@pytest.fixture
-def clocks(monkeypatch):
-    """Clocks that need no GPU; calls are made, and the gather form's backward cannot be captured."""
+def test_a_gradient_that_is_no_number_is_not_timed():
+    """However the other errors compare with it."""
+    shape = SMALL["small regions"]
+    data = made(shape)
+    prepared = FORMS[OURS].prepare(data, shape)
 
-    def graph(call, repeats, rounds):
-        result = call()
-        if isinstance(result, tuple) and len(result) == 2:
-            raise RuntimeError("not captured: a reason\nand more of it")
-        return 0.25
+    def attend(q, k, v):
+        out = prepared.attend(q, k, v)
+        out.register_hook(lambda grad: grad * float("nan"))
+        return out
 
-    monkeypatch.setattr(ops, "events_ms", lambda call, rounds: call() is not None and 2.0)
-    monkeypatch.setattr(ops, "host_us", lambda call, number: 40.0)
-    monkeypatch.setattr(ops, "extra_mib", lambda call, results: 3.2)
-    monkeypatch.setattr(ops, "graph_ms", graph)
-    monkeypatch.setattr(ops, "origin", lambda device: dict.fromkeys(ORIGIN, "x") | dict(device="NVIDIA H100"))
+    with pytest.raises(ValueError, match="error nan"):
+        check(OURS, FORMS[OURS], prepared._replace(attend=attend), data, shape)
 
 
 def test_rows_and_table(clocks, tmp_path):
     path = tmp_path / "ops.csv"
-    table = benchmark_ops(path, list(FORMS), rounds=2)
+    table = benchmark_ops(path, rounds=2)
     with path.open(newline="") as file:
         rows = {(row["shape"], row["form"]): row for row in csv.DictReader(file)}
     assert list(rows) == [(name, form) for name in SMALL for form in FORMS]
@@ -101,41 +110,45 @@ def test_rows_and_table(clocks, tmp_path):
     assert list(ours) == [*ops.COLUMNS, *ORIGIN]
     assert (ours["forward_ms"], ours["both_ms"], ours["both_clock"], ours["note"]) == ("0.25", "0.25", "graph", "")
     assert float(ours["forward_to_floor"]) == pytest.approx(0.25 / float(ours["forward_floor_ms"]), rel=1e-3)
-    assert float(ours["error"]) < 0.02 and ours["forward_to_official"] == ""
-    assert (gather["forward_to_official"], gather["both_to_official"]) == ("0.5", "0.5")
+    assert float(ours["error"]) < 0.02 and ours["forward_to_published"] == ""
+    assert (gather["forward_to_published"], gather["both_to_published"]) == ("0.5", "0.5")
+    assert (gather["forward_published_ms"], gather["both_published_ms"], gather["dtype"]) == ("0.5", "4.0", "bf16")
     assert (gather["both_ms"], gather["both_clock"]) == ("2.0", "events")
     assert gather["note"] == "both: RuntimeError: not captured: a reason"
     # no backward on a CPU: the row of a peer that cannot run has the reason
     assert flex["forward_ms"] == "" and flex["note"].startswith("NotImplementedError: FlexAttention")
     lines = table.splitlines()
     assert len(lines) == 2 + 8 + 2 and lines[3].startswith("| small regions | gather | 0.25 / 2* | ")
-    assert "| small regions | flex_attention | - | - | - | - | - | - | NotImplementedError" in table
+    assert "| small regions | flex_attention | - | - | - | - | - | - | - | NotImplementedError" in table
 
 
 def test_a_wrong_result_of_ours_ends_the_run(clocks, monkeypatch):
-    monkeypatch.setattr(ops, "TOLERANCE", 0.0)
-    with pytest.raises(ValueError, match="allowed 0.0; not timed"):
+    monkeypatch.setitem(operator_forms.TOLERANCES, torch.bfloat16, 0.0)
+    with pytest.raises(ValueError, match="allowed 0; not timed"):
         benchmark_ops(None, [OURS], 2)
 
 
 def test_a_wrong_result_of_a_peer_is_its_row(clocks, monkeypatch):
-    monkeypatch.setattr(ops, "PEER_TOLERANCE", 0.0)
+    monkeypatch.setattr(operator_forms, "PEER_FACTOR", 0)
     table = benchmark_ops(None, [GATHER], 2)
     assert table.count("ValueError: gather, Shape") == 2
 
 
 def test_forms_are_chosen(clocks, capsys):
     main(["benchmark", "--ops", "--forms", "gather", "--rounds", "1"])
-    assert capsys.readouterr().out.count("| gather |") == 2
+    out, progress = capsys.readouterr()
+    assert out.count("| gather |") == 2 and progress.splitlines()[0] == "small regions, gather: 0.25 / 2* ms"
     with pytest.raises(SystemExit, match="unknown form 'x'; choose of visionattn, gather"):
         main(["benchmark", "--ops", "--forms", "gather,x"])
+    with pytest.raises(SystemExit, match="unknown shapes 'networks' of routed_attention; choose of default"):
+        main(["benchmark", "--ops", "--shapes", "networks"])
 
 
 def test_floor_is_the_larger_of_copies_and_exponentials():
-    forward, both = ops._floors_ms(Shape(1, 64, 1, 8, 1), 3_000_000_000)
+    forward, both = operator_forms.attention_floors_ms(3_000_000_000, 64)
     assert (forward, both) == (pytest.approx(4.0), pytest.approx(12.0))
     exps = 64**2 * 64 / 3.7e12 * 1e3
-    assert ops._floors_ms(Shape(1, 64, 1, 8, 1), 1) == (pytest.approx(exps), pytest.approx(2 * exps))
+    assert routing.floors(Shape(1, 64, 1, 8, 1, 1), 1) == (pytest.approx(exps), pytest.approx(2 * exps))
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])

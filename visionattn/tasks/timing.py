@@ -82,10 +82,10 @@ def _captured(call: Callable[[], object], repeats: int, stream: torch.cuda.Strea
     return graph
 
 
-def events_ms(call: Callable[[], object], rounds: int) -> float:
+def events_ms(call: Callable[[], object], rounds: int, warm_ups: int = _WARM_UPS) -> float:
     """Median milliseconds of a call between two events; where the device waits for the host, that is in it."""
     times = []
-    for i in range(-_WARM_UPS, rounds):
+    for i in range(-warm_ups, rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
@@ -96,7 +96,7 @@ def events_ms(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def graph_ms(call: Callable[[], object], repeats: int, rounds: int) -> float:
+def graph_ms(call: Callable[[], object], repeats: int, rounds: int, warm_ups: int = _WARM_UPS) -> float:
     """Median milliseconds of device time of a call, from replays of a CUDA graph of ``repeats`` calls.
 
     Starting a graph takes some microseconds, which many calls in it share.
@@ -104,7 +104,7 @@ def graph_ms(call: Callable[[], object], repeats: int, rounds: int) -> float:
     Raises:
         RuntimeError: The call cannot be captured.
     """
-    return events_ms(capture(call, repeats).replay, rounds) / repeats
+    return events_ms(capture(call, repeats).replay, rounds, warm_ups) / repeats
 
 
 def host_us(call: Callable[[], object], number: int, rounds: int = 5) -> float:

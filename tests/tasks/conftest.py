@@ -1,0 +1,31 @@
+"""The operators' benchmark without a GPU."""
+
+import pytest
+import torch
+
+from visionattn.tasks import benchmark_ops
+from visionattn.tasks.records import ORIGIN
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Forms on the CPU, uncompiled."""
+    monkeypatch.setattr(benchmark_ops, "_DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def clocks(on_the_cpu, monkeypatch):
+    """Clocks that need no GPU; calls are made, and those that give two gradients (the gather form's) have no graph."""
+
+    def graph(call, repeats, rounds, warm_ups):
+        result = call()
+        if isinstance(result, tuple) and len(result) == 2:
+            raise RuntimeError("not captured: a reason\nand more of it")
+        return 0.25
+
+    monkeypatch.setattr(benchmark_ops, "events_ms", lambda call, rounds, warm_ups: call() is not None and 2.0)
+    monkeypatch.setattr(benchmark_ops, "host_us", lambda call, number: 40.0)
+    monkeypatch.setattr(benchmark_ops, "extra_mib", lambda call, results: 3.2)
+    monkeypatch.setattr(benchmark_ops, "graph_ms", graph)
+    monkeypatch.setattr(benchmark_ops, "origin", lambda device: dict.fromkeys(ORIGIN, "x") | dict(device="NVIDIA H100"))
