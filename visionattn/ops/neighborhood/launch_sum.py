@@ -1,0 +1,251 @@
+"""Launching the Triton kernels of the neighbourhood sum: how a map is cut into tiles, and what is prepared once."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops.neighborhood import kernels_sum
+from visionattn.ops.routing import tiles
+from visionattn.ops.routing.tiles import Tile
+
+MAX_KERNEL, MAX_CHANNELS = 31, 128  # more taps or channels would not fit into the registers of a lane
+ROW = 32  # longest row of a map that one tile takes whole
+FIXED_PIXELS = 1024  # maps up to this size have kernels of their own, with the distance of taps in the instructions
+PROGRAMS = 1056  # of the sum over images: eight for each of 132 processors
+
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)
+_forward_plans, _backward_plans = Plans(), Plans()
+
+
+def _extent(x: Tensor) -> int:
+    """Offset of the last value of one image."""
+    return sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
+
+
+def serves(logits: Tensor, value: Tensor, bias: Tensor | None, kernels: Sequence[int]) -> bool:
+    """Whether there is a kernel for these tensors."""
+    return (
+        logits.dtype in _SERVED
+        and value.dtype in _SERVED
+        and (bias is None or bias.dtype in _SERVED)
+        and value.shape[4] <= MAX_CHANNELS
+        and 0 < len(kernels)
+        and max(kernels) <= MAX_KERNEL
+        and value.numel() > 0
+        and logits.numel() > 0
+        and max(_extent(logits), _extent(value), math.prod(logits.shape[1:]), math.prod(value.shape[1:])) < 2**31
+    )
+
+
+def _shape_of_tile(H: int, W: int, kernel: int, pixels: int) -> tuple[int, int]:
+    """Rows and columns of a tile of at most ``pixels``: whole rows of small maps, else as wide as 32 keys allow."""
+    if min(ROW, pixels) >= W:
+        return min(H, pixels // W), W
+    width = next((n for n in (16, 8) if n + kernel - 1 <= ROW), 16)
+    return min(H, pixels // width), width
+
+
+def _work(H: int, W: int, kernel: int, pixels: int) -> int:
+    """Lanes times rows of keys that all tiles of a map walk over."""
+    height, width = _shape_of_tile(H, W, kernel, pixels)
+    starts = [min(max(y - kernel // 2, 0), H - kernel) for y in range(H)]
+    rows = sum(starts[min(y + height, H) - 1] + kernel - starts[y] for y in range(0, H, height))
+    return pixels * triton.cdiv(W, width) * rows
+
+
+class _Shape:
+    """Sizes of a call, as the kernels want them."""
+
+    def __init__(self, logits: Tensor, value: Tensor, bias: Tensor | None, kernels: Sequence[int], softmax: bool):
+        self.B, self.H, self.W, self.heads, self.D = value.shape
+        self.groups, self.kernels = logits.shape[2], tuple(kernels)
+        self.entries = sum((2 * k - 1) ** 2 for k in kernels)
+        self.largest = max(kernels)
+        self.strides = logits.stride(), value.stride()
+        self.fixed = self.H * self.W <= FIXED_PIXELS
+        self.block_d = min(64, max(16, triton.next_power_of_2(self.D)))
+        self.parts = triton.cdiv(self.D, self.block_d)
+        self.units = self.B * len(kernels) * self.groups
+        self.device = value.device
+        self.constants: dict[str, Any] = dict(
+            KERNELS=self.kernels,
+            D=self.D,
+            BLOCK_D=self.block_d,
+            L_ST=self.fixed_step(logits),
+            BIAS=bias is not None,
+            SOFTMAX=softmax,
+            # float16 has no room for exponentials of unshifted scores
+            EXACT=value.dtype == torch.float16,
+            PRECISION="ieee" if value.dtype == torch.float32 else "tf32",
+        )
+
+    def fixed_step(self, logits: Tensor) -> int:
+        """Distance of two taps if the kernel is to be compiled for it, else 0."""
+        return logits.stride(1) if self.fixed else 0
+
+    def tile(self) -> Tile:
+        """Queries and warps of a program: a lane for each query, in the tile that wastes least."""
+        rows = min((32, 64, 128), key=lambda pixels: (_work(self.H, self.W, self.largest, pixels), pixels))
+        return Tile(rows, 0, rows // 32, 1)
+
+    def tuned(self, kernel: str, prepare: Callable[[Tile], Launch]) -> Callable[..., None]:
+        """The launch with the tile of the rule, or a search among others."""
+        tile = self.tile()
+        if tiles.searching(self.device):
+            sizes = [tile] + [Tile(rows, 0, rows // 32, 1) for rows in (32, 64, 128)]
+            found = [t._replace(registers=r) for t in sizes for r in (None, 64, 96, 128)]
+            return tiles.Search(kernel, list(dict.fromkeys(found)), prepare)
+        return prepare(tile)
+
+    def prepare(self, kernel: Any, programs: int, integers: tuple[int, ...], tile: Tile, **constants: Any) -> Launch:
+        values = {name: x for name, x in (self.constants | constants).items() if name in kernel.arg_names}
+        values = {name: values[name] for name in kernel.arg_names if name in values}
+        return Launch(kernel, (programs,), integers, values, tile.warps, tile.stages, tile.registers)
+
+    def by_query(self, tile: Tile) -> tuple[int, dict[str, Any]]:
+        """Tiles of a map and the constants of a kernel whose programs hold queries."""
+        height, width = _shape_of_tile(self.H, self.W, self.largest, tile.rows)
+        whole = width == self.W
+        moves = [min(self.W - k, self.W - 1 if whole else width - 1) for k in self.kernels]
+        spans = [self.W if whole else min(self.W, move + k) for move, k in zip(moves, self.kernels, strict=True)]
+        constants = dict(
+            TH=height,
+            TW=width,
+            BM=tile.rows,
+            ROWS=whole,
+            KX=tuple(max(16, triton.next_power_of_2(span)) for span in spans),
+            BITS=tuple(move.bit_length() for move in moves),
+        )
+        return triton.cdiv(self.H, height) * triton.cdiv(self.W, width), constants
+
+    def by_key(self, tile: Tile) -> tuple[int, dict[str, Any]]:
+        """The same for a kernel whose programs hold keys of one row."""
+        _, constants = self.by_query(tile)
+        keys = max(16, triton.next_power_of_2(self.W)) if constants["ROWS"] else ROW
+        if not constants["ROWS"]:
+            constants["BITS"] = tuple((keys + k - 2).bit_length() for k in self.kernels)
+        constants["KX"] = (keys,) * len(self.kernels)
+        return self.H * triton.cdiv(self.W, keys), constants
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        return self.H, self.W, self.groups, self.entries, count
+
+
+def _plan_forward(s: _Shape) -> Callable[..., None]:
+    def prepare(tile: Tile) -> Launch:
+        count, constants = s.by_query(tile)
+        integers = (*s.strides[0], *s.strides[1], *s.sizes(count))
+        return s.prepare(kernels_sum.sum_forward_kernel, count * s.parts * s.units, integers, tile, **constants)
+
+    return s.tuned("sum_forward", prepare)
+
+
+def forward(
+    logits: Tensor, value: Tensor, bias: Tensor | None, kernels: Sequence[int], softmax: bool
+) -> tuple[Tensor, Tensor]:
+    """``visionattn::neighborhood_sum`` on the device."""
+    table = logits if bias is None else bias.contiguous()
+    kind = None if bias is None else bias.dtype
+    name = layout(logits), layout(value), kind, tuple(kernels), softmax
+    run = _forward_plans.get(name)
+    if run is None:
+        run = _forward_plans.keep(name, _plan_forward(_Shape(logits, value, bias, kernels, softmax)))
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    B, H, W = value.shape[:3]
+    lse = torch.empty((B, len(kernels), logits.shape[2], H, W), dtype=torch.float32, device=value.device)
+    run(logits, value, table, out, lse)
+    return out, lse
+
+
+def _plan_bias_grad(s: _Shape, grad: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """Sum of a gradient of logits over images, then over the pixels that an entry of the table serves."""
+    numbers = grad.numel() // s.B
+    blocks = triton.cdiv(numbers, 1024)
+    images = triton.cdiv(s.B, min(s.B, max(1, PROGRAMS // blocks)))
+    chunks = triton.cdiv(s.B, images)
+    add = Launch(
+        kernels_sum.sum_images_kernel, (blocks, chunks), (grad.stride(0), s.B, images, numbers), dict(BLOCK=1024)
+    )
+    block = min(256, max(32, triton.next_power_of_2(s.H * s.W)))
+    fold = Launch(
+        kernels_sum.sum_bias_grad_kernel,
+        (s.entries, s.groups),
+        (*grad.stride()[1:], s.H, s.W, chunks, numbers, s.entries),
+        dict(KERNELS=s.kernels, BLOCK=block),
+        num_warps=max(1, block // 128),
+    )
+
+    def run(grad: Tensor, table: Tensor) -> None:
+        partial = torch.empty((chunks, numbers), dtype=torch.float32, device=grad.device)
+        add(grad, partial)
+        fold(partial, table)
+
+    return run
+
+
+def _plan_backward(s: _Shape, grads: tuple[Tensor, ...], lse_grad: bool) -> Callable[..., None]:
+    """All gradients; ``grads`` are those of output, logits and value."""
+    logits, value = s.strides
+    grad_out, dlogits, dvalue = (x.stride() for x in grads)
+
+    def prepare_weights(tile: Tile) -> Launch:
+        count, constants = s.by_query(tile)
+        integers = (*logits, *value, *grad_out, *dlogits, *s.sizes(count))
+        return s.prepare(
+            kernels_sum.sum_weight_grad_kernel, count * s.units, integers, tile,
+            T_ST=s.fixed_step(grads[1]), LSE_GRAD=lse_grad, **constants,
+        )  # fmt: skip
+
+    def prepare_values(tile: Tile) -> Launch:
+        count, constants = s.by_key(tile)
+        integers = (*logits, *grad_out, *dvalue, *s.sizes(count))
+        return s.prepare(kernels_sum.sum_value_grad_kernel, count * s.parts * s.units, integers, tile, **constants)
+
+    weights, values = s.tuned("sum_weight_grad", prepare_weights), s.tuned("sum_value_grad", prepare_values)
+
+    def run(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dl: Tensor, dv: Tensor) -> None:
+        out, lse, do, dlse = saved
+        weights(*inputs, out, lse, do, dlse, dl)
+        values(inputs[0], inputs[2], lse, do, dv)
+
+    return run
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernels: Sequence[int],
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``visionattn::neighborhood_sum_backward`` on the device."""
+    dlogits, dvalue = torch.empty_like(logits), torch.empty_like(value)
+    dbias = value.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    # images one after the other, as the sum over them wants it; nearly always they are
+    apart = dlogits.stride(0) * dlogits.shape[0] == dlogits.numel()
+    dl = dlogits if apart else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    lse_grad, kind = grad_lse is not None, None if bias is None else bias.dtype
+    if grad_out.stride(-1) == 0:  # expanded, as of a sum
+        grad_out = grad_out.contiguous()
+    name = layout(logits), layout(value), layout(grad_out), kind, tuple(kernels), softmax, lse_grad
+    plan = _backward_plans.get(name)
+    if plan is None:
+        s = _Shape(logits, value, bias, kernels, softmax)
+        fold = None if bias is None else _plan_bias_grad(s, dl)
+        plan = _backward_plans.keep(name, (_plan_backward(s, (grad_out, dl, dvalue), lse_grad), fold))
+    run, fold = plan
+    table = logits if bias is None else bias.contiguous()
+    dlse = lse if grad_lse is None else grad_lse.contiguous()
+    run((logits, value, table), (out.contiguous(), lse, grad_out, dlse), dl, dvalue)
+    if fold is not None:
+        fold(dl, dbias)
+    return dlogits if apart else dlogits.copy_(dl), dvalue, dbias
