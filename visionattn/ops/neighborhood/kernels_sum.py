@@ -3,20 +3,20 @@
 Weights differ from pixel to pixel, so there is nothing to share but the values; what costs time is reading the logits.
 A lane of a warp holds a query pixel and walks over its taps, so that a load is a run of neighbouring pixels of one tap,
 read once; the taps of one row of the window lie side by side in the lane's registers. The weights of a row become one
-dense matrix of queries and keys of a row of the map by shifting each lane's taps to where its window begins (a selection
-for every binary digit of the shift, no exchange between lanes), and the sum is a product of matrices.
+dense matrix of queries and keys of a row of the map by shifting each lane's taps to where its window begins: one
+selection for every binary digit of the shift, no exchange between lanes. The sum is then a product of matrices.
 
 A program serves a tile of ``BM`` queries (one for each lane) for one image, group and kernel; all kernels run in one
-launch. Rows of keys are taken in turn, from the first that a query of the tile reaches to the last; a query whose window
-lacks the row gets weights of 0. Reads beyond the tile or the window are moved to the nearest pixel or tap of the same
-query rather than masked, since an offset of -inf to the exponent drops them with the same instruction.
+launch. Rows of keys are taken in turn, from the first that a query of the tile reaches to the last; a query whose
+window lacks the row gets weights of 0. Reads beyond the tile or the window are moved to the nearest pixel or tap of the
+same query rather than masked, since an offset of -inf to the exponent drops them with the same instruction.
 
-As in ``routing/kernels_dense.py`` the forward pass takes exponentials as they are, computes a tile again with maxima only if
-a sum leaves the range of float32, and always looks for the maxima first in float16.
+As in ``routing/kernels_dense.py`` the forward pass takes exponentials as they are, computes a tile again with maxima
+only if a sum leaves the range of float32, and always looks for the maxima first in float16.
 
-The gradient of the logits is a walk like the forward one, with a product of the gradient and the values turned back into
-taps. That of the values takes a row of keys and walks over the queries that see it. That of the bias is the sum of the
-logits' over the images, by tap and pixel, and then over pixels, in a fixed order.
+The gradient of the logits is a walk like the forward one, with a product of the gradient and the values turned back
+into taps. That of the values takes a row of keys and walks over the queries that see it. That of the bias is the sum of
+the logits' over the images, by tap and pixel, and then over pixels, in a fixed order.
 """
 
 import triton
@@ -81,8 +81,7 @@ def _moved(taps, shift, BITS: tl.constexpr, SKIP: tl.constexpr, KX: tl.constexpr
 @triton.jit
 def _taken(places, shift, BITS: tl.constexpr, K: tl.constexpr):
     """The way back: place ``i + shift`` of the keys to tap ``i``."""
-    for j in tl.static_range(BITS):
-        b: tl.constexpr = BITS - 1 - j
+    for b in tl.static_range(BITS - 1, -1, -1):
         bit = ((shift >> b) & 1) != 0
         taken = ()
         for i in tl.static_range(min(len(places), K + (1 << b) - 1)):
@@ -99,7 +98,7 @@ def _taken(places, shift, BITS: tl.constexpr, K: tl.constexpr):
 def _joined(columns, BM: tl.constexpr):
     """A matrix ``[BM, n]`` of its ``n`` columns."""
     n: tl.constexpr = len(columns)
-    for _ in tl.static_range(8):
+    for _ in tl.static_range(5):
         if len(columns) > 1:
             pairs = ()
             for i in tl.static_range(len(columns) // 2):
@@ -110,14 +109,9 @@ def _joined(columns, BM: tl.constexpr):
 
 @triton.jit
 def _columns(x, BM: tl.constexpr, KX: tl.constexpr):
-    """The columns of a matrix ``[BM, KX]``, at most 64 of them."""
-    if KX == 16:
-        parts = (tl.reshape(x, [BM, 2, 2, 2, 2]),)
-    elif KX == 32:
-        parts = (tl.reshape(x, [BM, 2, 2, 2, 2, 2]),)
-    else:
-        parts = (tl.reshape(x, [BM, 2, 2, 2, 2, 2, 2]),)
-    for _ in tl.static_range(8):
+    """The columns of a matrix ``[BM, KX]``, 16 or 32 of them."""
+    parts = (tl.reshape(x, [BM, 2, 2, 2, 2]),) if KX == 16 else (tl.reshape(x, [BM, 2, 2, 2, 2, 2]),)
+    for _ in tl.static_range(5):
         if len(parts) < KX:
             even, odd = (), ()
             for i in tl.static_range(len(parts)):
@@ -192,6 +186,7 @@ def _forward(
             attempt = 2
     lse = tl.zeros([BM], tl.float32)
     if SOFTMAX:
+        total = tl.where(inside, total, 1.0)
         lse = shift / LOG2_E + tl.log(total)
         acc *= (1.0 / total)[:, None]
     pixel = y * W + x
@@ -224,8 +219,8 @@ def sum_forward_kernel(
     for i in tl.static_range(len(KERNELS)):
         if kernel == i:
             _forward(
-                l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, tile, part, head, l_sh, l_sw, l_st, v_sh, v_sw, v_sd, H, W, heads,
-                KERNELS[i], KX[i], BITS[i], TH, TW, BM, D, BLOCK_D, L_ST, ROWS, BIAS, SOFTMAX, EXACT, PRECISION,
+                l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, tile, part, head, l_sh, l_sw, l_st, v_sh, v_sw, v_sd, H, W,
+                heads, KERNELS[i], KX[i], BITS[i], TH, TW, BM, D, BLOCK_D, L_ST, ROWS, BIAS, SOFTMAX, EXACT, PRECISION,
             )  # fmt: skip
         l_ptr += KERNELS[i] * KERNELS[i] * (L_ST if L_ST > 0 else l_st)
         b_ptr += (2 * KERNELS[i] - 1) * (2 * KERNELS[i] - 1)
@@ -233,8 +228,8 @@ def sum_forward_kernel(
 
 @triton.jit
 def _weight_grad(
-    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dl_ptr, tile, head, l_sh, l_sw, l_st, v_sh, v_sw, v_sd,
-    g_sh, g_sw, g_sd, t_sh, t_sw, t_st, H, W, heads,
+    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr, tile, head, l_sh, l_sw, l_st,
+    v_sh, v_sw, v_sd, g_sh, g_sw, g_sd, t_sh, t_sw, t_st, H, W, heads,
     K: tl.constexpr, KX: tl.constexpr, BITS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, L_ST: tl.constexpr, T_ST: tl.constexpr, ROWS: tl.constexpr,
     BIAS: tl.constexpr, SOFTMAX: tl.constexpr, LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -244,18 +239,22 @@ def _weight_grad(
     kx = origin + tl.arange(0, KX)
     pixel = y * W + x
     delta = tl.zeros([BM], tl.float32)
-    grads = ()
+    dq = do_ptr + (y * g_sh + x * g_sw)
+    do = tl.zeros([BM, BLOCK_D], do_ptr.dtype.element_ty)
     for c in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         d = c * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (d < D)[None, :]
-        do = tl.load(do_ptr + (y * g_sh + x * g_sw)[:, None] + d[None, :] * g_sd, mask=mask, other=0.0)
+        do = tl.load(dq[:, None] + d[None, :] * g_sd, mask=mask, other=0.0)
         if SOFTMAX:
             out = tl.load(out_ptr + (pixel * heads + head)[:, None] * D + d[None, :], mask=mask, other=0.0)
             delta += tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-        grads += (do,)
     shift = tl.zeros([BM], tl.float32)
     if SOFTMAX:
         shift = tl.load(lse_ptr + pixel) * LOG2_E
+        # by way of memory: as the sum of rows of a matrix it would impose that matrix' layout on all that follows
+        tl.store(delta_ptr + pixel, delta, mask=inside)
+        tl.debug_barrier()
+        delta = tl.load(delta_ptr + pixel)
         if LSE_GRAD:
             delta -= tl.load(dlse_ptr + pixel)
     tap_row = K * (L_ST if L_ST > 0 else l_st)
@@ -267,11 +266,14 @@ def _weight_grad(
         valid = inside & (dy >= 0) & (dy < K)
         dy = tl.minimum(tl.maximum(dy, 0), K - 1)
         dp = tl.zeros([BM, KX], tl.float32)
-        for c in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        for c in range(0, tl.cdiv(D, BLOCK_D)):  # a loop at run time, lest all slices be in registers at once
             d = c * BLOCK_D + tl.arange(0, BLOCK_D)
             seen = (kx < W)[:, None] & (d < D)[None, :]
             v = tl.load(v_ptr + ky * v_sh + kx[:, None] * v_sw + d[None, :] * v_sd, mask=seen, other=0.0)
-            dp = tl.dot(grads[c], tl.trans(v), dp, input_precision=PRECISION)
+            if D > BLOCK_D:
+                mask = inside[:, None] & (d < D)[None, :]
+                do = tl.load(dq[:, None] + d[None, :] * g_sd, mask=mask, other=0.0)
+            dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
         ds = _taken(_columns(dp, BM, KX), wx - origin, BITS, K)
         if SOFTMAX:
             scores = _scores(lq + dy * tap_row, bq + dy * (2 * K - 1), l_st, K, L_ST, BIAS)
@@ -286,7 +288,7 @@ def _weight_grad(
 
 @triton.jit
 def sum_weight_grad_kernel(
-    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dl_ptr,
+    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr,
     l_sb, l_st, l_sg, l_sh, l_sw, v_sb, v_sh, v_sw, v_sn, v_sd, g_sb, g_sh, g_sw, g_sn, g_sd,
     t_sb, t_st, t_sg, t_sh, t_sw, H, W, groups, entries, tiles,
     KERNELS: tl.constexpr, KX: tl.constexpr, BITS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
@@ -308,12 +310,14 @@ def sum_weight_grad_kernel(
     out_ptr += batch * (H * W * heads * D)
     lse_ptr += (batch * heads + head) * (H * W)
     dlse_ptr += (batch * heads + head) * (H * W)
+    delta_ptr += (batch * heads + head) * (H * W)
     for i in tl.static_range(len(KERNELS)):
         if kernel == i:
             _weight_grad(
-                l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dl_ptr, tile, head, l_sh, l_sw, l_st,
-                v_sh, v_sw, v_sd, g_sh, g_sw, g_sd, t_sh, t_sw, t_st, H, W, heads,
-                KERNELS[i], KX[i], BITS[i], TH, TW, BM, D, BLOCK_D, L_ST, T_ST, ROWS, BIAS, SOFTMAX, LSE_GRAD, PRECISION,
+                l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr, tile, head, l_sh, l_sw,
+                l_st, v_sh, v_sw, v_sd, g_sh, g_sw, g_sd, t_sh, t_sw, t_st, H, W, heads,
+                KERNELS[i], KX[i], BITS[i], TH, TW, BM, D, BLOCK_D, L_ST, T_ST, ROWS, BIAS, SOFTMAX, LSE_GRAD,
+                PRECISION,
             )  # fmt: skip
         l_ptr += KERNELS[i] * KERNELS[i] * (L_ST if L_ST > 0 else l_st)
         dl_ptr += KERNELS[i] * KERNELS[i] * (T_ST if T_ST > 0 else t_st)
@@ -344,7 +348,9 @@ def _value_grad(
         y, x = y_first + (step // across) * TH + m // TW, x_first + (step % across) * TW + m % TW
         inside = (m < TH * TW) & (y <= y_last) & (x <= x_last)
         do = tl.load(
-            do_ptr + (y * g_sh + x * g_sw)[:, None] + d[None, :] * g_sd, mask=inside[:, None] & (d < D)[None, :], other=0.0
+            do_ptr + (y * g_sh + x * g_sw)[:, None] + d[None, :] * g_sd,
+            mask=inside[:, None] & (d < D)[None, :],
+            other=0.0,
         )
         y, x = tl.minimum(y, H - 1), tl.minimum(x, W - 1)
         wy, wx = _start(y, H, K), _start(x, W, K)

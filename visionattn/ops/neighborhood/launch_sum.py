@@ -13,7 +13,7 @@ from visionattn.ops.neighborhood import kernels_sum
 from visionattn.ops.routing import tiles
 from visionattn.ops.routing.tiles import Tile
 
-MAX_KERNEL, MAX_CHANNELS = 31, 128  # more taps or channels would not fit into the registers of a lane
+MAX_KERNEL, MAX_CHANNELS = 25, 128  # taps of a row are registers of a lane, and tiles have at least 8 columns
 ROW = 32  # longest row of a map that one tile takes whole
 FIXED_PIXELS = 1024  # maps up to this size have kernels of their own, with the distance of taps in the instructions
 PROGRAMS = 1056  # of the sum over images: eight for each of 132 processors
@@ -34,7 +34,7 @@ def serves(logits: Tensor, value: Tensor, bias: Tensor | None, kernels: Sequence
         and value.dtype in _SERVED
         and (bias is None or bias.dtype in _SERVED)
         and value.shape[4] <= MAX_CHANNELS
-        and 0 < len(kernels)
+        and len(kernels) > 0
         and max(kernels) <= MAX_KERNEL
         and value.numel() > 0
         and logits.numel() > 0
@@ -46,7 +46,7 @@ def _shape_of_tile(H: int, W: int, kernel: int, pixels: int) -> tuple[int, int]:
     """Rows and columns of a tile of at most ``pixels``: whole rows of small maps, else as wide as 32 keys allow."""
     if min(ROW, pixels) >= W:
         return min(H, pixels // W), W
-    width = next((n for n in (16, 8) if n + kernel - 1 <= ROW), 16)
+    width = 16 if 16 + kernel - 1 <= ROW else 8
     return min(H, pixels // width), width
 
 
@@ -68,7 +68,11 @@ class _Shape:
         self.largest = max(kernels)
         self.strides = logits.stride(), value.stride()
         self.fixed = self.H * self.W <= FIXED_PIXELS
-        self.block_d = min(64, max(16, triton.next_power_of_2(self.D)))
+        # a warp's registers hold a tile; exact products need more of them, and so do channels that are masked
+        most = 64 if self.D % 16 == 0 else 32
+        if value.dtype == torch.float32:
+            most = 32 if self.W <= ROW else 16
+        self.block_d = min(most, max(16, triton.next_power_of_2(self.D)))
         self.parts = triton.cdiv(self.D, self.block_d)
         self.units = self.B * len(kernels) * self.groups
         self.device = value.device
@@ -210,7 +214,7 @@ def _plan_backward(s: _Shape, grads: tuple[Tensor, ...], lse_grad: bool) -> Call
 
     def run(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dl: Tensor, dv: Tensor) -> None:
         out, lse, do, dlse = saved
-        weights(*inputs, out, lse, do, dlse, dl)
+        weights(*inputs, out, lse, do, dlse, torch.empty_like(lse), dl)
         values(inputs[0], inputs[2], lse, do, dv)
 
     return run
