@@ -266,13 +266,13 @@ def _weight_grad(
         valid = inside & (dy >= 0) & (dy < K)
         dy = tl.minimum(tl.maximum(dy, 0), K - 1)
         dp = tl.zeros([BM, KX], tl.float32)
-        for c in range(0, tl.cdiv(D, BLOCK_D)):  # a loop at run time, lest all slices be in registers at once
-            d = c * BLOCK_D + tl.arange(0, BLOCK_D)
-            seen = (kx < W)[:, None] & (d < D)[None, :]
-            v = tl.load(v_ptr + ky * v_sh + kx[:, None] * v_sw + d[None, :] * v_sd, mask=seen, other=0.0)
+        for part in range(0, tl.cdiv(D, BLOCK_D)):  # at run time, lest all slices be in registers at once
+            channel = part * BLOCK_D + tl.arange(0, BLOCK_D)
+            seen = (kx < W)[:, None] & (channel < D)[None, :]
+            v = tl.load(v_ptr + ky * v_sh + kx[:, None] * v_sw + channel[None, :] * v_sd, mask=seen, other=0.0)
             if D > BLOCK_D:
-                mask = inside[:, None] & (d < D)[None, :]
-                do = tl.load(dq[:, None] + d[None, :] * g_sd, mask=mask, other=0.0)
+                where = dq[:, None] + channel[None, :] * g_sd
+                do = tl.load(where, mask=inside[:, None] & (channel < D)[None, :], other=0.0)
             dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
         ds = _taken(_columns(dp, BM, KX), wx - origin, BITS, K)
         if SOFTMAX:
