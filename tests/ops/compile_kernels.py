@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from visionattn.ops import kernels_sums
 from visionattn.ops.depthwise import kernels_depthwise
 from visionattn.ops.depthwise import launch as depthwise
-from visionattn.ops.neighborhood import kernels_sum
+from visionattn.ops.neighborhood import kernels_sum, kernels_sum_grads
 from visionattn.ops.neighborhood import launch_sum as neighborhood_sum
 from visionattn.ops.norm import kernels_norm
 from visionattn.ops.norm import launch as norm
@@ -116,7 +116,7 @@ def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
     routed = kernels_dense, kernels_listed, kernels_tables
-    for module in (*routed, kernels_depthwise, kernels_norm, kernels_sum, kernels_sums):
+    for module in (*routed, kernels_depthwise, kernels_norm, kernels_sum, kernels_sum_grads, kernels_sums):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
     routing()

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from visionattn.ops._launch import Launch, Plans, layout
-from visionattn.ops.neighborhood import kernels_sum
+from visionattn.ops.neighborhood import kernels_sum, kernels_sum_grads
 from visionattn.ops.routing import tiles
 from visionattn.ops.routing.tiles import Tile
 
@@ -50,12 +50,24 @@ def _shape_of_tile(H: int, W: int, kernel: int, pixels: int) -> tuple[int, int]:
     return min(H, pixels // width), width
 
 
-def _work(H: int, W: int, kernel: int, pixels: int) -> int:
+def _work(H: int, W: int, largest: int, kernel: int, pixels: int) -> int:
     """Lanes times rows of keys that all tiles of a map walk over."""
-    height, width = _shape_of_tile(H, W, kernel, pixels)
+    height, width = _shape_of_tile(H, W, largest, pixels)
     starts = [min(max(y - kernel // 2, 0), H - kernel) for y in range(H)]
     rows = sum(starts[min(y + height, H) - 1] + kernel - starts[y] for y in range(0, H, height))
     return pixels * triton.cdiv(W, width) * rows
+
+
+def _units(x: Tensor) -> tuple[tuple[int, ...], int]:
+    """Strides of a map of heads, all but the last divided by a power of two, and that."""
+    unit = next(n for n in (8, 4, 2, 1) if not any(s % n for s in x.stride()[:4]))
+    return (*(s // unit for s in x.stride()[:4]), x.stride(4)), unit
+
+
+def _in_pairs(logits: Tensor) -> bool:
+    """Whether neighbouring pixels of a row may be loaded two at once: they are side by side and aligned."""
+    steps = (*logits.stride()[:4], logits.shape[4])
+    return logits.data_ptr() % 16 == 0 and logits.stride(4) == 1 and not any(n % 2 for n in steps)
 
 
 class _Shape:
@@ -66,7 +78,8 @@ class _Shape:
         self.groups, self.kernels = logits.shape[2], tuple(kernels)
         self.entries = sum((2 * k - 1) ** 2 for k in kernels)
         self.largest = max(kernels)
-        self.strides = logits.stride(), value.stride()
+        self.logits = logits.stride()
+        self.value, v_unit = _units(value)
         self.fixed = self.H * self.W <= FIXED_PIXELS
         # a warp's registers hold a tile; exact products need more of them, and so do channels that are masked
         most = 64 if self.D % 16 == 0 else 32
@@ -76,11 +89,13 @@ class _Shape:
         self.parts = triton.cdiv(self.D, self.block_d)
         self.units = self.B * len(kernels) * self.groups
         self.device = value.device
+        self.pairs = _in_pairs(logits)
         self.constants: dict[str, Any] = dict(
             KERNELS=self.kernels,
             D=self.D,
             BLOCK_D=self.block_d,
             L_ST=self.fixed_step(logits),
+            V_UNIT=v_unit,
             BIAS=bias is not None,
             SOFTMAX=softmax,
             # float16 has no room for exponentials of unshifted scores
@@ -92,17 +107,27 @@ class _Shape:
         """Distance of two taps if the kernel is to be compiled for it, else 0."""
         return logits.stride(1) if self.fixed else 0
 
-    def tile(self) -> Tile:
-        """Queries and warps of a program: a lane for each query, in the tile that wastes least."""
-        rows = min((32, 64, 128), key=lambda pixels: (_work(self.H, self.W, self.largest, pixels), pixels))
-        return Tile(rows, 0, rows // 32, 1)
+    def tile(self, kernel: str) -> Tile:
+        """Queries and warps of a program: those that cost the fewest instructions."""
+        return min(self.tiles(kernel), key=lambda tile: (self.cost(tile), tile.rows))
+
+    def tiles(self, kernel: str) -> list[Tile]:
+        """Queries and warps that a kernel may have: a lane for each query or for two."""
+        found = [Tile(rows, 0, rows // 32, 1) for rows in (32, 64, 128)]
+        if kernel == "sum_forward":  # the others gain nothing, or lack the registers
+            found.append(Tile(64, 0, 1, 1))
+        return found
+
+    def cost(self, tile: Tile) -> float:
+        """Instructions of all programs of an image and group, for a row of keys as the compiler's output has them."""
+        each = 1.0 if tile.rows == 32 * tile.warps else 0.85
+        return each * sum((117 + 8 * k) * _work(self.H, self.W, self.largest, k, tile.rows) for k in self.kernels)
 
     def tuned(self, kernel: str, prepare: Callable[[Tile], Launch]) -> Callable[..., None]:
         """The launch with the tile of the rule, or a search among others."""
-        tile = self.tile()
+        tile = self.tile(kernel)
         if tiles.searching(self.device):
-            sizes = [tile] + [Tile(rows, 0, rows // 32, 1) for rows in (32, 64, 128)]
-            found = [t._replace(registers=r) for t in sizes for r in (None, 64, 96, 128)]
+            found = [t._replace(registers=r) for t in (tile, *self.tiles(kernel)) for r in (None, 64, 96, 128)]
             return tiles.Search(kernel, list(dict.fromkeys(found)), prepare)
         return prepare(tile)
 
@@ -122,6 +147,7 @@ class _Shape:
             TW=width,
             BM=tile.rows,
             ROWS=whole,
+            PAIRS=self.pairs and whole and tile.rows > 32 * tile.warps,
             KX=tuple(max(16, triton.next_power_of_2(span)) for span in spans),
             BITS=tuple(move.bit_length() for move in moves),
         )
@@ -143,7 +169,7 @@ class _Shape:
 def _plan_forward(s: _Shape) -> Callable[..., None]:
     def prepare(tile: Tile) -> Launch:
         count, constants = s.by_query(tile)
-        integers = (*s.strides[0], *s.strides[1], *s.sizes(count))
+        integers = (*s.logits, *s.value, *s.sizes(count))
         return s.prepare(kernels_sum.sum_forward_kernel, count * s.parts * s.units, integers, tile, **constants)
 
     return s.tuned("sum_forward", prepare)
@@ -155,7 +181,7 @@ def forward(
     """``visionattn::neighborhood_sum`` on the device."""
     table = logits if bias is None else bias.contiguous()
     kind = None if bias is None else bias.dtype
-    name = layout(logits), layout(value), kind, tuple(kernels), softmax
+    name = layout(logits), layout(value), kind, tuple(kernels), softmax, logits.data_ptr() % 16 == 0
     run = _forward_plans.get(name)
     if run is None:
         run = _forward_plans.keep(name, _plan_forward(_Shape(logits, value, bias, kernels, softmax)))
@@ -173,11 +199,11 @@ def _plan_bias_grad(s: _Shape, grad: Tensor) -> Callable[[Tensor, Tensor], None]
     images = triton.cdiv(s.B, min(s.B, max(1, PROGRAMS // blocks)))
     chunks = triton.cdiv(s.B, images)
     add = Launch(
-        kernels_sum.sum_images_kernel, (blocks, chunks), (grad.stride(0), s.B, images, numbers), dict(BLOCK=1024)
+        kernels_sum_grads.sum_images_kernel, (blocks, chunks), (grad.stride(0), s.B, images, numbers), dict(BLOCK=1024)
     )
     block = min(256, max(32, triton.next_power_of_2(s.H * s.W)))
     fold = Launch(
-        kernels_sum.sum_bias_grad_kernel,
+        kernels_sum_grads.sum_bias_grad_kernel,
         (s.entries, s.groups),
         (*grad.stride()[1:], s.H, s.W, chunks, numbers, s.entries),
         dict(KERNELS=s.kernels, BLOCK=block),
@@ -194,21 +220,23 @@ def _plan_bias_grad(s: _Shape, grad: Tensor) -> Callable[[Tensor, Tensor], None]
 
 def _plan_backward(s: _Shape, grads: tuple[Tensor, ...], lse_grad: bool) -> Callable[..., None]:
     """All gradients; ``grads`` are those of output, logits and value."""
-    logits, value = s.strides
-    grad_out, dlogits, dvalue = (x.stride() for x in grads)
+    (grad_out, g_unit), (dvalue, n_unit) = _units(grads[0]), _units(grads[2])
+    s.constants.update(G_UNIT=g_unit, N_UNIT=n_unit)
 
     def prepare_weights(tile: Tile) -> Launch:
         count, constants = s.by_query(tile)
-        integers = (*logits, *value, *grad_out, *dlogits, *s.sizes(count))
+        integers = (*s.logits, *s.value, *grad_out, *grads[1].stride(), *s.sizes(count))
         return s.prepare(
-            kernels_sum.sum_weight_grad_kernel, count * s.units, integers, tile,
+            kernels_sum_grads.sum_weight_grad_kernel, count * s.units, integers, tile,
             T_ST=s.fixed_step(grads[1]), LSE_GRAD=lse_grad, **constants,
         )  # fmt: skip
 
     def prepare_values(tile: Tile) -> Launch:
         count, constants = s.by_key(tile)
-        integers = (*logits, *grad_out, *dvalue, *s.sizes(count))
-        return s.prepare(kernels_sum.sum_value_grad_kernel, count * s.parts * s.units, integers, tile, **constants)
+        integers = (*s.logits, *grad_out, *dvalue, *s.sizes(count))
+        return s.prepare(
+            kernels_sum_grads.sum_value_grad_kernel, count * s.parts * s.units, integers, tile, **constants
+        )
 
     weights, values = s.tuned("sum_weight_grad", prepare_weights), s.tuned("sum_value_grad", prepare_values)
 
