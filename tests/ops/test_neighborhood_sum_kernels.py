@@ -53,7 +53,7 @@ SMALL = dict(
     single_row_tiles=Case((1, 3, 20), 1, 10, (3,)),
     columns=Case((1, 3, 35), 1, 5, (3,)),
     wide_groups=Case((1, 3, 4), 1, 70, (3,)),
-    kernel_of_one=Case((2, 3, 3), 2, 4, (1, 3)),
+    kernel_of_one=Case((2, 3, 3), 1, 4, (1, 3)),
     single_channel=Case((1, 4, 3), 3, 1, (3,)),
 )
 LARGE = dict(

@@ -82,10 +82,8 @@ class _Shape:
         self.value, v_unit = _units(value)
         self.fixed = self.H * self.W <= FIXED_PIXELS
         # a warp's registers hold a tile; exact products need more of them, and so do channels that are masked
-        most = 64 if self.D % 16 == 0 else 32
-        if value.dtype == torch.float32:
-            most = 32 if self.W <= ROW else 16
-        self.block_d = min(most, max(16, triton.next_power_of_2(self.D)))
+        most = 64 if self.D % 16 == 0 and value.dtype != torch.float32 else 32
+        self.block_d = min(most if self.W <= ROW else most // 2, max(16, triton.next_power_of_2(self.D)))
         self.parts = triton.cdiv(self.D, self.block_d)
         self.units = self.B * len(kernels) * self.groups
         self.device = value.device
@@ -114,7 +112,7 @@ class _Shape:
     def tiles(self, kernel: str) -> list[Tile]:
         """Queries and warps that a kernel may have: a lane for each query or for two."""
         found = [Tile(rows, 0, rows // 32, 1) for rows in (32, 64, 128)]
-        if kernel == "sum_forward":  # the others gain nothing, or lack the registers
+        if kernel == "sum_forward" and self.block_d == 16:  # the others gain nothing, or lack the registers
             found.append(Tile(64, 0, 1, 1))
         return found
 
