@@ -206,7 +206,7 @@ def test_public_operator_goes_the_same_way_with_tables_of_its_own():
         exact = [x.detach().double().requires_grad_() for x in leaves]
         out = neighborhood_sum(exact[0], exact[1], list(case.kernels), exact[2:])
         for label, a, b in zip("lvbt", grads, torch.autograd.grad(out, exact, grad.double()), strict=True):
-            assert (a - b).square().mean().sqrt() <= 2e-5 * max(b.std().item(), 1.0), label
+            assert (a - b).square().mean().sqrt() <= 2e-5 * max(b.std(correction=0).item(), 1.0), label
 
 
 def test_operator_is_registered_properly():
@@ -241,7 +241,7 @@ def test_search_finds_tiles_that_work(monkeypatch, caplog):
         compare(Case((1, 3, 3), 1, 4, (3,)))
     for plan in plans:
         plan.clear()
-    assert sum("fastest of" in message for message in caplog.messages) == 3
+    assert sum("fastest of" in message for message in caplog.messages) == 2
 
 
 def draw(number: int) -> Case:

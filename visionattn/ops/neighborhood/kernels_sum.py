@@ -204,9 +204,9 @@ def sum_forward_kernel(
     heads = len(KERNELS) * groups
     head = kernel * groups + group
     # strides come divided by a power of two, so that the compiler knows of it and loads as many channels at once
-    v_sb, v_sh, v_sw, v_sn = v_sb * V_UNIT, v_sh * V_UNIT, v_sw * V_UNIT, v_sn * V_UNIT
+    v_sh, v_sw, v_sn = v_sh * V_UNIT, v_sw * V_UNIT, v_sn * V_UNIT
     l_ptr += batch * l_sb + group * l_sg
-    v_ptr += batch * v_sb + head * v_sn
+    v_ptr += batch * v_sb * V_UNIT + head * v_sn
     b_ptr += group * entries
     out_ptr += batch * (H * W * heads * D)
     lse_ptr += (batch * heads + head) * (H * W)

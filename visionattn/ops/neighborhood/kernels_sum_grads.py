@@ -1,7 +1,7 @@
 """Triton kernels of the gradients of the neighbourhood sum; ``kernels_sum.py`` has the plan and the forward pass.
 
 The gradient of the logits is a walk like the forward one, with a product of the gradient and the values turned back
-into taps. That of the values takes a row of keys and walks over the queries that see it. That of the bias is the sum of
+into taps; that of the values takes a row of keys and walks over the queries that see it. That of the bias is the sum of
 the logits' over the images, by tap and pixel, and then over pixels, in a fixed order.
 """
 
@@ -116,47 +116,6 @@ def _weight_grad(
 
 
 @triton.jit
-def sum_weight_grad_kernel(
-    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr,
-    l_sb, l_st, l_sg, l_sh, l_sw, v_sb, v_sh, v_sw, v_sn, v_sd, g_sb, g_sh, g_sw, g_sn, g_sd,
-    t_sb, t_st, t_sg, t_sh, t_sw, H, W, groups, entries, tiles,
-    KERNELS: tl.constexpr, KX: tl.constexpr, BITS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
-    BM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, L_ST: tl.constexpr, T_ST: tl.constexpr,
-    V_UNIT: tl.constexpr, G_UNIT: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, SOFTMAX: tl.constexpr,
-    LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the logits: one program for every tile, group, kernel and image."""
-    pid = tl.program_id(0)
-    tile, pid = pid % tiles, pid // tiles
-    group, pid = pid % groups, pid // groups
-    kernel, batch = pid % len(KERNELS), (pid // len(KERNELS)).to(tl.int64)
-    heads = len(KERNELS) * groups
-    head = kernel * groups + group
-    v_sb, v_sh, v_sw, v_sn = v_sb * V_UNIT, v_sh * V_UNIT, v_sw * V_UNIT, v_sn * V_UNIT
-    g_sb, g_sh, g_sw, g_sn = g_sb * G_UNIT, g_sh * G_UNIT, g_sw * G_UNIT, g_sn * G_UNIT
-    l_ptr += batch * l_sb + group * l_sg
-    dl_ptr += batch * t_sb + group * t_sg
-    v_ptr += batch * v_sb + head * v_sn
-    do_ptr += batch * g_sb + head * g_sn
-    b_ptr += group * entries
-    out_ptr += batch * (H * W * heads * D)
-    lse_ptr += (batch * heads + head) * (H * W)
-    dlse_ptr += (batch * heads + head) * (H * W)
-    delta_ptr += (batch * heads + head) * (H * W)
-    for i in tl.static_range(len(KERNELS)):
-        if kernel == i:
-            _weight_grad(
-                l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr, tile, head, l_sh, l_sw,
-                l_st, v_sh, v_sw, v_sd, g_sh, g_sw, g_sd, t_sh, t_sw, t_st, H, W, heads,
-                KERNELS[i], KX[i], BITS[i], TH, TW, BM, D, BLOCK_D, L_ST, T_ST, ROWS, BIAS, SOFTMAX, LSE_GRAD,
-                PRECISION,
-            )  # fmt: skip
-        l_ptr += KERNELS[i] * KERNELS[i] * (L_ST if L_ST > 0 else l_st)
-        dl_ptr += KERNELS[i] * KERNELS[i] * (T_ST if T_ST > 0 else t_st)
-        b_ptr += (2 * KERNELS[i] - 1) * (2 * KERNELS[i] - 1)
-
-
-@triton.jit
 def _value_grad(
     l_ptr, b_ptr, lse_ptr, do_ptr, dv_ptr, tile, part, l_sh, l_sw, l_st, g_sh, g_sw, g_sd, n_sh, n_sw, n_sd, H, W,
     K: tl.constexpr, KX: tl.constexpr, BITS: tl.constexpr, SKIP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
@@ -204,38 +163,56 @@ def _value_grad(
 
 
 @triton.jit
-def sum_value_grad_kernel(
-    l_ptr, b_ptr, lse_ptr, do_ptr, dv_ptr,
-    l_sb, l_st, l_sg, l_sh, l_sw, g_sb, g_sh, g_sw, g_sn, g_sd, n_sb, n_sh, n_sw, n_sn, n_sd,
-    H, W, groups, entries, tiles,
-    KERNELS: tl.constexpr, KX: tl.constexpr, BITS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
-    BM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, L_ST: tl.constexpr, G_UNIT: tl.constexpr,
-    N_UNIT: tl.constexpr, ROWS: tl.constexpr,
-    BIAS: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+def sum_grads_kernel(
+    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr, dv_ptr,
+    l_sb, l_st, l_sg, l_sh, l_sw, v_sb, v_sh, v_sw, v_sn, v_sd, g_sb, g_sh, g_sw, g_sn, g_sd,
+    t_sb, t_st, t_sg, t_sh, t_sw, n_sb, n_sh, n_sw, n_sn, n_sd, H, W, groups, entries, tiles, stretches,
+    KERNELS: tl.constexpr, KX: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, KEY_BITS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    L_ST: tl.constexpr, T_ST: tl.constexpr, V_UNIT: tl.constexpr, G_UNIT: tl.constexpr, N_UNIT: tl.constexpr,
+    ROWS: tl.constexpr, BIAS: tl.constexpr, SOFTMAX: tl.constexpr, LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the values: one program for every stretch of a row, slice of channels, group, kernel and image."""
+    """Gradients of logits and values: for every group, kernel and image a program for every tile of queries, and one
+    for every stretch of ``KEYS`` keys of a row and slice of channels. They are neighbours, so that what one kind reads
+    of the logits the other finds in the cache."""
     pid = tl.program_id(0)
-    tile, pid = pid % tiles, pid // tiles
-    part, pid = pid % tl.cdiv(D, BLOCK_D), pid // tl.cdiv(D, BLOCK_D)
+    each = tiles + stretches * tl.cdiv(D, BLOCK_D)
+    tile, pid = pid % each, pid // each
     group, pid = pid % groups, pid // groups
     kernel, batch = pid % len(KERNELS), (pid // len(KERNELS)).to(tl.int64)
+    heads = len(KERNELS) * groups
     head = kernel * groups + group
-    g_sb, g_sh, g_sw, g_sn = g_sb * G_UNIT, g_sh * G_UNIT, g_sw * G_UNIT, g_sn * G_UNIT
-    n_sb, n_sh, n_sw, n_sn = n_sb * N_UNIT, n_sh * N_UNIT, n_sw * N_UNIT, n_sn * N_UNIT
+    v_sh, v_sw, v_sn = v_sh * V_UNIT, v_sw * V_UNIT, v_sn * V_UNIT
+    g_sh, g_sw, g_sn = g_sh * G_UNIT, g_sw * G_UNIT, g_sn * G_UNIT
+    n_sh, n_sw, n_sn = n_sh * N_UNIT, n_sw * N_UNIT, n_sn * N_UNIT
     l_ptr += batch * l_sb + group * l_sg
-    do_ptr += batch * g_sb + head * g_sn
-    dv_ptr += batch * n_sb + head * n_sn
+    dl_ptr += batch * t_sb + group * t_sg
+    v_ptr += batch * v_sb * V_UNIT + head * v_sn
+    do_ptr += batch * g_sb * G_UNIT + head * g_sn
+    dv_ptr += batch * n_sb * N_UNIT + head * n_sn
     b_ptr += group * entries
-    lse_ptr += (batch * len(KERNELS) * groups + head) * (H * W)
+    out_ptr += batch * (H * W * heads * D)
+    lse_ptr += (batch * heads + head) * (H * W)
+    dlse_ptr += (batch * heads + head) * (H * W)
+    delta_ptr += (batch * heads + head) * (H * W)
     for i in tl.static_range(len(KERNELS)):
         if kernel == i:
-            _value_grad(
-                l_ptr, b_ptr, lse_ptr, do_ptr, dv_ptr, tile, part, l_sh, l_sw, l_st, g_sh, g_sw, g_sd,
-                n_sh, n_sw, n_sd, H, W,
-                KERNELS[i], KX[i], BITS[i], 0 if ROWS else KERNELS[i] - 1, TH, TW, BM, D, BLOCK_D, L_ST, ROWS,
-                BIAS, SOFTMAX, PRECISION,
-            )  # fmt: skip
+            if tile < tiles:
+                _weight_grad(
+                    l_ptr, v_ptr, b_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, delta_ptr, dl_ptr, tile, head, l_sh, l_sw,
+                    l_st, v_sh, v_sw, v_sd, g_sh, g_sw, g_sd, t_sh, t_sw, t_st, H, W, heads,
+                    KERNELS[i], KX[i], BITS[i], TH, TW, BM, D, BLOCK_D, L_ST, T_ST, ROWS, BIAS, SOFTMAX, LSE_GRAD,
+                    PRECISION,
+                )  # fmt: skip
+            else:
+                _value_grad(
+                    l_ptr, b_ptr, lse_ptr, do_ptr, dv_ptr, (tile - tiles) % stretches, (tile - tiles) // stretches,
+                    l_sh, l_sw, l_st, g_sh, g_sw, g_sd, n_sh, n_sw, n_sd, H, W,
+                    KERNELS[i], KEYS, KEY_BITS[i], 0 if ROWS else KERNELS[i] - 1, TH, TW, BM, D, BLOCK_D, L_ST, ROWS,
+                    BIAS, SOFTMAX, PRECISION,
+                )  # fmt: skip
         l_ptr += KERNELS[i] * KERNELS[i] * (L_ST if L_ST > 0 else l_st)
+        dl_ptr += KERNELS[i] * KERNELS[i] * (T_ST if T_ST > 0 else t_st)
         b_ptr += (2 * KERNELS[i] - 1) * (2 * KERNELS[i] - 1)
 
 
@@ -250,7 +227,7 @@ def sum_images_kernel(dl_ptr, partial_ptr, t_sb, B, images, numbers, BLOCK: tl.c
     for _ in range(tl.minimum(images, B - first)):
         total += tl.load(dl_ptr, mask=n < numbers, other=0.0).to(tl.float32)
         dl_ptr += t_sb
-    tl.store(partial_ptr + chunk * numbers + n, total, mask=n < numbers)
+    tl.store(partial_ptr + chunk.to(tl.int64) * numbers + n, total, mask=n < numbers)
 
 
 @triton.jit
@@ -277,6 +254,8 @@ def sum_bias_grad_kernel(
         dx = rx + x - (k - 1) - tl.minimum(tl.maximum(x - k // 2, 0), W - k)
         mask = (n < H * W) & (dy >= 0) & (dy < k) & (dx >= 0) & (dx < k)
         where = (tap0 + dy * k + dx) * t_st + group * t_sg + y * t_sh + x * t_sw
-        for chunk in range(chunks):
-            total += tl.load(partial_ptr + chunk * numbers + where, mask=mask, other=0.0)
+        sums = partial_ptr + where
+        for _ in range(chunks):
+            total += tl.load(sums, mask=mask, other=0.0)
+            sums += numbers
     tl.store(db_ptr + group * entries + entry, tl.sum(total, 0).to(db_ptr.dtype.element_ty))

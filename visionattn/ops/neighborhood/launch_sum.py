@@ -125,7 +125,7 @@ class _Shape:
         """The launch with the tile of the rule, or a search among others."""
         tile = self.tile(kernel)
         if tiles.searching(self.device):
-            found = [t._replace(registers=r) for t in (tile, *self.tiles(kernel)) for r in (None, 64, 96, 128)]
+            found = [t._replace(registers=r) for t in (tile, *self.tiles(kernel)) for r in (None, 64, 80, 96, 128)]
             return tiles.Search(kernel, list(dict.fromkeys(found)), prepare)
         return prepare(tile)
 
@@ -151,17 +151,15 @@ class _Shape:
         )
         return triton.cdiv(self.H, height) * triton.cdiv(self.W, width), constants
 
-    def by_key(self, tile: Tile) -> tuple[int, dict[str, Any]]:
-        """The same for a kernel whose programs hold keys of one row."""
-        _, constants = self.by_query(tile)
-        keys = max(16, triton.next_power_of_2(self.W)) if constants["ROWS"] else ROW
-        if not constants["ROWS"]:
-            constants["BITS"] = tuple((keys + k - 2).bit_length() for k in self.kernels)
-        constants["KX"] = (keys,) * len(self.kernels)
+    def by_key(self, whole: bool) -> tuple[int, dict[str, Any]]:
+        """Stretches of a map's rows for programs that hold keys, and their constants."""
+        keys = max(16, triton.next_power_of_2(self.W)) if whole else ROW
+        moves = [self.W - k if whole else keys + k - 2 for k in self.kernels]
+        constants = dict(KEYS=keys, KEY_BITS=tuple(move.bit_length() for move in moves))
         return self.H * triton.cdiv(self.W, keys), constants
 
-    def sizes(self, count: int) -> tuple[int, ...]:
-        return self.H, self.W, self.groups, self.entries, count
+    def sizes(self, *counts: int) -> tuple[int, ...]:
+        return self.H, self.W, self.groups, self.entries, *counts
 
 
 def _plan_forward(s: _Shape) -> Callable[..., None]:
@@ -217,33 +215,19 @@ def _plan_bias_grad(s: _Shape, grad: Tensor) -> Callable[[Tensor, Tensor], None]
 
 
 def _plan_backward(s: _Shape, grads: tuple[Tensor, ...], lse_grad: bool) -> Callable[..., None]:
-    """All gradients; ``grads`` are those of output, logits and value."""
+    """Gradients of logits and value; ``grads`` are those of output, logits and value."""
     (grad_out, g_unit), (dvalue, n_unit) = _units(grads[0]), _units(grads[2])
-    s.constants.update(G_UNIT=g_unit, N_UNIT=n_unit)
 
-    def prepare_weights(tile: Tile) -> Launch:
+    def prepare(tile: Tile) -> Launch:
         count, constants = s.by_query(tile)
-        integers = (*s.logits, *s.value, *grad_out, *grads[1].stride(), *s.sizes(count))
+        stretches, more = s.by_key(constants["ROWS"])
+        integers = (*s.logits, *s.value, *grad_out, *grads[1].stride(), *dvalue, *s.sizes(count, stretches))
         return s.prepare(
-            kernels_sum_grads.sum_weight_grad_kernel, count * s.units, integers, tile,
-            T_ST=s.fixed_step(grads[1]), LSE_GRAD=lse_grad, **constants,
+            kernels_sum_grads.sum_grads_kernel, (count + stretches * s.parts) * s.units, integers, tile,
+            T_ST=s.fixed_step(grads[1]), G_UNIT=g_unit, N_UNIT=n_unit, LSE_GRAD=lse_grad, **constants, **more,
         )  # fmt: skip
 
-    def prepare_values(tile: Tile) -> Launch:
-        count, constants = s.by_key(tile)
-        integers = (*s.logits, *grad_out, *dvalue, *s.sizes(count))
-        return s.prepare(
-            kernels_sum_grads.sum_value_grad_kernel, count * s.parts * s.units, integers, tile, **constants
-        )
-
-    weights, values = s.tuned("sum_weight_grad", prepare_weights), s.tuned("sum_value_grad", prepare_values)
-
-    def run(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], dl: Tensor, dv: Tensor) -> None:
-        out, lse, do, dlse = saved
-        weights(*inputs, out, lse, do, dlse, torch.empty_like(lse), dl)
-        values(inputs[0], inputs[2], lse, do, dv)
-
-    return run
+    return s.tuned("sum_grads", prepare)
 
 
 def backward(
@@ -261,7 +245,7 @@ def backward(
     dlogits, dvalue = torch.empty_like(logits), torch.empty_like(value)
     dbias = value.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     # images one after the other, as the sum over them wants it; nearly always they are
-    apart = dlogits.stride(0) * dlogits.shape[0] == dlogits.numel()
+    apart = dlogits.shape[0] == 1 or dlogits.stride(0) * dlogits.shape[0] == dlogits.numel()
     dl = dlogits if apart else torch.empty_like(logits, memory_format=torch.contiguous_format)
     lse_grad, kind = grad_lse is not None, None if bias is None else bias.dtype
     if grad_out.stride(-1) == 0:  # expanded, as of a sum
@@ -275,7 +259,7 @@ def backward(
     run, fold = plan
     table = logits if bias is None else bias.contiguous()
     dlse = lse if grad_lse is None else grad_lse.contiguous()
-    run((logits, value, table), (out.contiguous(), lse, grad_out, dlse), dl, dvalue)
+    run(logits, value, table, out.contiguous(), lse, grad_out, dlse, torch.empty_like(lse), dl, dvalue)
     if fold is not None:
         fold(dl, dbias)
     return dlogits if apart else dlogits.copy_(dl), dvalue, dbias
