@@ -1,4 +1,4 @@
-"""Compile the kernels as they are launched for the shapes of BiFormer, for a GPU that need not be there.
+"""Compile the kernels as they are launched for the shapes of published models, for a GPU that need not be there.
 
 Prints the shared memory of each in bytes as JSON. Run without TRITON_INTERPRET.
 """
@@ -11,14 +11,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from visionattn.ops import kernels_sums
-from visionattn.ops.depthwise import kernels_depthwise
 from visionattn.ops.depthwise import launch as depthwise
-from visionattn.ops.linear import kernels_linear
 from visionattn.ops.linear import launch as linear
-from visionattn.ops.norm import kernels_norm
+from visionattn.ops.neighborhood import launch_sum as neighborhood_sum
 from visionattn.ops.norm import launch as norm
-from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, launch
+from visionattn.ops.routing import launch
 
 found = {}
 KINDS = {
@@ -117,18 +114,25 @@ def linear_layers():
             linear.gelu_grad(pre, pre, outer, kind)
 
 
+def neighborhood_sums():
+    """OverLoCK's two stages, a map too wide for tiles of whole rows, and wide groups."""
+    for side, groups, d, kernels, dtype, softmax in (
+        (14, 8, 16, (5, 13), torch.bfloat16, True),
+        (7, 12, 14, (5, 7), torch.float16, True),
+        (50, 2, 10, (5, 13), torch.bfloat16, True),
+        (20, 1, 128, (3,), torch.float32, False),
+    ):
+        logits = torch.empty(2, groups, sum(k * k for k in kernels), side, side, dtype=dtype).transpose(1, 2)
+        value = torch.empty(2, side, side, len(kernels) * groups, d, dtype=dtype)
+        bias = torch.empty(groups, sum((2 * k - 1) ** 2 for k in kernels)) if softmax else None
+        out, lse = neighborhood_sum.forward(logits, value, bias, kernels, softmax)
+        neighborhood_sum.backward(out, None, logits, value, bias, out, lse, kernels, softmax)
+
+
 def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
-    families = (
-        kernels_dense,
-        kernels_depthwise,
-        kernels_linear,
-        kernels_listed,
-        kernels_norm,
-        kernels_sums,
-        kernels_tables,
-    )
+    families = [x for name, x in sys.modules.items() if name.startswith("visionattn.ops.") and ".kernels_" in name]
     for module in families:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
@@ -136,6 +140,7 @@ def run(capability):
     norms()
     depthwise_convolutions()
     linear_layers()
+    neighborhood_sums()
 
 
 run(int(sys.argv[1]))

@@ -147,5 +147,5 @@ def test_neighborhood_sum_takes_less_than_its_inputs(B, side, groups, d, kernels
     bias = torch.randn(groups, sum((2 * k - 1) ** 2 for k in kernels)).to(dtype)
     (out, lse), extra = run_metered(OPS.neighborhood_sum, logits, value, bias, list(kernels), True)
     grads = torch.randn_like(out), torch.randn_like(lse)
-    _, more = run_metered(OPS.neighborhood_sum_backward, *grads, logits, value, bias, lse, list(kernels), True)
+    _, more = run_metered(OPS.neighborhood_sum_backward, *grads, logits, value, bias, out, lse, list(kernels), True)
     assert max(extra, more) < size(logits, value)

@@ -90,9 +90,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def launcher(family: str) -> ModuleType:
+def launcher(family: str, name: str = "launch") -> ModuleType:
     """``launch.py`` of a family of operators, imported when a kernel is to run: it needs Triton."""
-    return import_module(f"visionattn.ops.{family}.launch")
+    return import_module(f"visionattn.ops.{family}.{name}")
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

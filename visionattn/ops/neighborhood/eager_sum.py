@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.ops._dispatch import register_autocast
+from visionattn.ops._dispatch import launcher, register_autocast, use_triton
 from visionattn.ops.neighborhood.eager import _add, _plan, _put, _Step, _steps, _take
 from visionattn.ops.neighborhood.tiles import slots
 
@@ -54,6 +54,8 @@ def neighborhood_sum(
     logits: Tensor, value: Tensor, bias: Tensor | None, kernel_sizes: Sequence[int], softmax: bool
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, W, kernels * groups, d]`` and log-sum-exp ``[B, kernels, groups, H, W]`` (0 without softmax)."""
+    if use_triton(value) and launcher("neighborhood", "launch_sum").serves(logits, value, bias, kernel_sizes):
+        return launcher("neighborhood", "launch_sum").forward(logits, value, bias, kernel_sizes, softmax)
     B, H, W = value.shape[:3]
     dtype = torch.promote_types(value.dtype, torch.float32)
     out = value.new_empty(value.shape)
@@ -88,14 +90,19 @@ def neighborhood_sum_backward(
     logits: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     kernel_sizes: Sequence[int],
     softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of logits, value and bias (empty without one)."""
+    if use_triton(value) and launcher("neighborhood", "launch_sum").serves(logits, value, bias, kernel_sizes):
+        return launcher("neighborhood", "launch_sum").backward(
+            grad_out, grad_lse, logits, value, bias, out, lse, kernel_sizes, softmax
+        )
     dtype = lse.dtype
-    dlogits = logits.new_empty(logits.shape)
-    dv = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    dlogits = torch.empty_like(logits)
+    dv = torch.zeros_like(value, dtype=dtype)
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
     for n, (k, tap, head, entry) in enumerate(_parts(logits, value, kernel_sizes)):
         taps, dtaps = (x[:, tap].permute(0, 3, 4, 2, 1) for x in (logits, dlogits))
@@ -128,17 +135,18 @@ def _(
     logits: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     kernel_sizes: Sequence[int],
     softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     db = value.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return logits.new_empty(logits.shape), value.new_empty(value.shape), db
+    return torch.empty_like(logits), torch.empty_like(value), db
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, value, bias, ctx.kernel_sizes, ctx.softmax = inputs
-    ctx.save_for_backward(logits, value, bias, output[1])
+    ctx.save_for_backward(logits, value, bias, *output)
 
 
 def _vjp(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,7 +168,7 @@ def _flops(logits: Any, value: Any, bias: Any, kernel_sizes: Any, softmax: Any, 
 
 @register_flop_formula(torch.ops.visionattn.neighborhood_sum_backward)
 def _backward_flops(
-    grad_out: Any, grad_lse: Any, logits: Any, value: Any, bias: Any, lse: Any,
+    grad_out: Any, grad_lse: Any, logits: Any, value: Any, bias: Any, out: Any, lse: Any,
     kernel_sizes: Any, softmax: Any, out_shape: Any = None,
 ) -> int:  # fmt: skip
     """The gradients of weights and values."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import use_reference
-from visionattn.ops.neighborhood import eager, eager_sum, reference  # noqa: F401  (they register the operators)
+from visionattn.ops.neighborhood import direct_sum, eager, eager_sum, reference  # noqa: F401  (they register operators)
 
 
 def _check_kernel(name: str, kernel: Sequence[int], dilation: Sequence[int], H: int, W: int) -> None:
@@ -127,4 +127,5 @@ def neighborhood_sum(
             )
     if use_reference():
         return reference.neighborhood_sum(logits, value, bias, kernels, softmax)[0]
-    return torch.ops.visionattn.neighborhood_sum(logits, value, bias, kernels, softmax)[0]
+    out = None if torch.compiler.is_compiling() else direct_sum.neighborhood_sum(logits, value, bias, kernels, softmax)
+    return out if out is not None else torch.ops.visionattn.neighborhood_sum(logits, value, bias, kernels, softmax)[0]
