@@ -1,4 +1,4 @@
-"""Compile the kernels as they are launched for the shapes of BiFormer, for a GPU that need not be there.
+"""Compile the kernels as they are launched for published shapes, for a GPU that need not be there.
 
 Prints the shared memory of each in bytes as JSON. Run without TRITON_INTERPRET.
 """
@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 from visionattn.ops import kernels_sums
 from visionattn.ops.depthwise import kernels_depthwise
 from visionattn.ops.depthwise import launch as depthwise
+from visionattn.ops.neighborhood import kernels_attention, kernels_attention_grad
+from visionattn.ops.neighborhood import launch as neighborhood
 from visionattn.ops.norm import kernels_norm
 from visionattn.ops.norm import launch as norm
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, launch
@@ -71,6 +73,18 @@ def routing():
     launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
 
 
+def neighborhoods():
+    """Neighbourhood attention of NAT and DiNAT, and the widest heads and rows."""
+    stages = [(56, 2, 32, 7, 1, torch.bfloat16), (14, 8, 32, 7, 1, torch.float16), (28, 4, 32, 7, 4, torch.bfloat16)]
+    wide = [(40, 2, 128, 13, 1, torch.bfloat16), (30, 1, 128, 5, 1, torch.float32), (30, 1, 64, 7, 1, torch.bfloat16)]
+    for side, heads, dim, kernel, dilation, dtype in stages + wide:
+        q, k, v = (torch.empty(64, side, side, heads, dim, dtype=dtype) for _ in range(3))
+        for bias in (None, torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1)):
+            rest = (kernel, kernel), (dilation, dilation), 0.1
+            out, lse = neighborhood.forward(q, k, v, bias, *rest)
+            neighborhood.backward(out, None, q, k, v, bias, out, lse, *rest)
+
+
 def norms():
     """Layer norm alone and behind an addition, in training and inference."""
     for shape, dtype in (((1, 56, 56, 64), torch.bfloat16), ((2, 7, 96), torch.float16), ((9, 1000), torch.float32)):
@@ -95,13 +109,18 @@ def depthwise_convolutions():
         depthwise.weight_grad(out, x, weight, torch.empty(C))
 
 
+MODULES = [kernels_attention, kernels_attention_grad, kernels_dense, kernels_depthwise, kernels_listed, kernels_norm]
+MODULES += [kernels_sums, kernels_tables]
+
+
 def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
-    for module in (kernels_dense, kernels_depthwise, kernels_listed, kernels_norm, kernels_sums, kernels_tables):
+    for module in MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
     routing()
+    neighborhoods()
     norms()
     depthwise_convolutions()
 

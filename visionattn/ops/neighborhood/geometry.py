@@ -8,6 +8,7 @@ share masks.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -40,19 +41,40 @@ class Axis(NamedTuple):
         return max(kind.columns for kind in self.kinds)
 
 
+Bounds = list[tuple[int, int]]
+
+
+def _meets(n: int, kernel: int, rows: range, by_key: bool) -> Bounds:
+    """First and last member of a dilation group of ``n`` that its members ``rows`` meet."""
+    reach = kernel // 2
+    if by_key:
+        return [(0 if j < kernel else j - reach, n - 1 if j >= n - kernel else j + reach) for j in rows]
+    return [(start, start + kernel - 1) for start in (min(max(i - reach, 0), n - kernel) for i in rows)]
+
+
+@lru_cache(maxsize=256)
+def _cut(n: int, kernel: int, size: int, by_key: bool) -> list[tuple[int, Bounds]]:
+    """Tiles of a dilation group: first member, and what each of its members meets.
+
+    The ``kernel`` keys next to a border have more queries than others; tiles that keep them apart may spare columns.
+    """
+    inner = [*range(kernel % size, kernel, size), *range(kernel, n - kernel, size), *range(n - kernel, n, size)]
+    options = [range(0, n, size), sorted({0, *inner})] if by_key and n >= 2 * kernel else [range(0, n, size)]
+    choices = []
+    for starts in options:
+        rows = [range(a, b) for a, b in zip(starts, [*starts[1:], n], strict=True)]
+        tiles = [(r.start, _meets(n, kernel, r, by_key)) for r in rows]
+        columns = max(meets[-1][1] + 1 - meets[0][0] for _, meets in tiles)
+        choices.append((len(tiles) * columns, tiles))
+    return min(choices)[1]
+
+
 def axis(length: int, kernel: int, dilation: int, size: int, by_key: bool) -> Axis:
     """Tiles of at most ``size`` rows that cover an axis; rows are keys if ``by_key``, else queries."""
     tiles: list[tuple[int, int, int]] = []
     kinds: dict[Kind, int] = {}
-    reach = kernel // 2
     for group in range(dilation):
-        n = (length - group + dilation - 1) // dilation
-        for first in range(0, n, size):
-            rows = range(first, min(first + size, n))
-            if by_key:
-                meets = [(0 if j < kernel else j - reach, n - 1 if j >= n - kernel else j + reach) for j in rows]
-            else:
-                meets = [(start, start + kernel - 1) for start in (min(max(i - reach, 0), n - kernel) for i in rows)]
+        for first, meets in _cut((length - group + dilation - 1) // dilation, kernel, size, by_key):
             origin = meets[0][0]
             kind = Kind(tuple((low - origin, high - origin) for low, high in meets), origin - first)
             number = kinds.setdefault(kind, len(kinds))
@@ -168,7 +190,7 @@ def classes(walk: Walk, splits: Sequence[tuple[int, int]] = ()) -> Tensor:
         [*share, y.shift, x.shift, y.columns, x.columns, 0, 0]
         for (y, x), share in zip(pairs, splits or [(0, 0)] * len(pairs), strict=True)
     ]
-    return torch.tensor(lines, dtype=torch.int32)
+    return torch.tensor(lines).int()
 
 
 def splits(walk: Walk, batch: int, wanted: int) -> Splits:
@@ -186,4 +208,4 @@ def splits(walk: Walk, batch: int, wanted: int) -> Splits:
                 first, last = (batch * count * p // parts for p in (part, part + 1))
                 found.append([first, last - first, len(lists), count, len(shares) - 1, 0, 0, 0])
             lists += [(ty, tx) for ty in ys for tx in xs]
-    return Splits(*(torch.tensor(x, dtype=torch.int32) for x in (lists, found)), classes(walk, shares))
+    return Splits(torch.tensor(lists).int(), torch.tensor(found).int(), classes(walk, shares))

@@ -15,10 +15,10 @@ from visionattn.ops.neighborhood.kernels_attention import (
     FIELDS,
     LOG2_E,
     _columns,
-    _exponents,
     _halo,
     _meeting,
     _place,
+    _powers,
     _read,
     _tile_rows,
 )
@@ -44,50 +44,43 @@ def _key_grads(
 ):  # fmt: skip
     """Gradients of keys and values with queries ``n`` of the walk added."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(_exponents(scores, factor, lse[:, None], meet_ptr, n, 0, ROWS, BLOCK_M, BLOCK_M, BIAS))
+    p = _powers(scores, factor, lse[:, None], meet_ptr, n, 0, ROWS, BLOCK_M, BLOCK_M, BIAS)
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     return tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION), dv
 
 
 @triton.jit
-def key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, meet_ptr, rows_ptr, columns_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
-    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
-    H, W, step_y, step_x, tiles_y, tiles_x, classes_x,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
+def _key_grad_image(
+    number, q_ptr, k_ptr, v_ptr, meet_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
+    q_sb, q_sh, q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw,
+    H, W, head, y, x, inside, start, count_y, count_x, last, step_y, step_x,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one tile, image and head."""
-    head, batch, rows_ptr, columns_ptr = _place(rows_ptr, columns_ptr, tiles_y, tiles_x, HEADS)
-    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    y, x, inside = _tile_rows(rows_ptr, columns_ptr, m, step_y, step_x, TILE_X)
-    k = _read(k_ptr + batch * k_sb + head * k_sn, y * k_sh + x * k_sw, inside, D, BLOCK_D, True)
-    v = _read(v_ptr + batch * v_sb + head * v_sn, y * v_sh + x * v_sw, inside, D, BLOCK_D, True)
-    query_y, query_x = tl.load(rows_ptr + 2), tl.load(columns_ptr + 2)
-    count_y, count_x, chunks = tl.load(rows_ptr + 3), tl.load(columns_ptr + 3), tl.load(rows_ptr + 5)
-    image, plane, first = batch * (H * W * HEADS * D), (batch * HEADS + head) * (H * W), query_y * W + query_x
-    q_ptr += batch * q_sb + head * q_sn + query_y * q_sh + query_x * q_sw
-    do_ptr += image + (first * HEADS + head) * D
-    lse_ptr += plane + first
-    delta_ptr += plane + first
-    meet_ptr = _meeting(meet_ptr, rows_ptr, columns_ptr, head, classes_x, HEADS, BLOCK_M, WORDS, BIAS)
-    factor = scale * LOG2_E
-    last = chunks * BLOCK_N
+    """Gradients of the keys and values of one tile, head and image."""
     ROWS: tl.constexpr = 32 * WORDS
+    d, tail = tl.arange(0, BLOCK_D), last + tl.arange(0, max(TAIL, 16))
+    mask, factor = inside[:, None] & (d < D)[None, :], scale * LOG2_E
+    batch = tl.cast(number, tl.int64)
+    image, plane = batch * (H * W * HEADS * D), (batch * HEADS + head) * (H * W)
+    k = _read(k_ptr + batch * k_sb, y * k_sh + x * k_sw, inside, D, BLOCK_D, True)
+    v = _read(v_ptr + batch * v_sb, y * v_sh + x * v_sw, inside, D, BLOCK_D, True)
+    q_image = q_ptr + batch * q_sb
+    do_image = do_ptr + image + (start * HEADS + head) * D
+    lse_image, delta_image = lse_ptr + plane + start, delta_ptr + plane + start
     if TAIL > 0:
-        tail = last + tl.arange(0, TAIL)
         tail_q, tail_do, tail_lse, tail_delta = _queries(
-            q_ptr, do_ptr, lse_ptr, delta_ptr, tail, count_y, count_x, step_y * q_sh,
-            step_x * q_sw, step_y, step_x, W, HEADS, WIDTH, D, BLOCK_D,
+            q_image, do_image, lse_image, delta_image, tail, count_y, count_x, step_y * q_sh, step_x * q_sw,
+            step_y, step_x, W, HEADS, WIDTH, D, BLOCK_D,
         )  # fmt: skip
     dk, dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n0 in range(0, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         q, do, lse, delta = _queries(
-            q_ptr, do_ptr, lse_ptr, delta_ptr, n, count_y, count_x, step_y * q_sh,
-            step_x * q_sw, step_y, step_x, W, HEADS, WIDTH, D, BLOCK_D,
+            q_image, do_image, lse_image, delta_image, n, count_y, count_x, step_y * q_sh, step_x * q_sw,
+            step_y, step_x, W, HEADS, WIDTH, D, BLOCK_D,
         )  # fmt: skip
         dk, dv = _key_grads(
             q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
@@ -98,9 +91,45 @@ def key_grad_kernel(
             PRECISION,
         )  # fmt: skip
     where = image + ((y * W + x) * HEADS + head)[:, None] * D + d[None, :]
-    mask = inside[:, None] & (d < D)[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_grad_kernel(
+    q_ptr, k_ptr, v_ptr, meet_ptr, rows_ptr, columns_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
+    q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
+    B, H, W, step_y, step_x, classes_x,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr, IMAGES: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values of one tile and head, for IMAGES images one after the other."""
+    head, rows_ptr, columns_ptr = _place(rows_ptr, columns_ptr, HEADS)
+    m = tl.arange(0, BLOCK_M)
+    y, x, inside = _tile_rows(rows_ptr, columns_ptr, m, step_y, step_x, TILE_X)
+    count_y, count_x = tl.load(rows_ptr + 3), tl.load(columns_ptr + 3)
+    last = tl.load(rows_ptr + 5) * BLOCK_N
+    query_y, query_x = tl.load(rows_ptr + 2), tl.load(columns_ptr + 2)
+    start = query_y * W + query_x
+    q_ptr += head * q_sn + query_y * q_sh + query_x * q_sw
+    k_ptr += head * k_sn
+    v_ptr += head * v_sn
+    meet_ptr = _meeting(meet_ptr, rows_ptr, columns_ptr, head, classes_x, HEADS, BLOCK_M, WORDS, BIAS)
+    first = tl.program_id(2) * IMAGES
+    if IMAGES == 1:
+        _key_grad_image(
+            first, q_ptr, k_ptr, v_ptr, meet_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale, q_sb, q_sh, q_sw,
+            k_sb, k_sh, k_sw, v_sb, v_sh, v_sw, H, W, head, y, x, inside, start, count_y, count_x, last, step_y,
+            step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, PRECISION,
+        )  # fmt: skip
+    else:
+        for number in range(first, min(first + IMAGES, B)):
+            _key_grad_image(
+                number, q_ptr, k_ptr, v_ptr, meet_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale, q_sb, q_sh,
+                q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw, H, W, head, y, x, inside, start, count_y, count_x, last,
+                step_y, step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -149,7 +178,7 @@ def bias_grad_kernel(
         k = _columns(k_ptr + keys, n, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
         v = _columns(v_ptr + values, n, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(_exponents(scores, factor, lse[:, None], meet_ptr, m, n0, BLOCK_M, 32 * WORDS, BLOCK_N, True))
+        p = _powers(scores, factor, lse[:, None], meet_ptr, m, n0, BLOCK_M, 32 * WORDS, BLOCK_N, True)
         acc += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     part_ptr += (split * HEADS + head).to(tl.int64) * (BLOCK_M * 32 * WORDS)
     tl.store(part_ptr + m[:, None] * (32 * WORDS) + n[None, :], acc)

@@ -11,7 +11,9 @@ from visionattn.ops.neighborhood import geometry, kernels_attention, kernels_att
 from visionattn.ops.neighborhood.tuning import Tile
 
 MAX_HEAD_DIM = 128
+MAX_GRID = 65535  # programs along the second and third axis
 MAX_KERNEL, MAX_BIASED = 41, 25  # sides of a window: masks grow with its area and with the tiles that a border reaches
+PROGRAMS = 2048  # that keep a GPU busy; with more, one may serve several images
 BIAS_PROGRAMS = 2048  # of the bias gradient; each writes a tile of float32
 
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,6 +30,8 @@ def serves(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kerne
     """Whether there is a kernel for these tensors."""
     return (
         query.dtype in _SERVED
+        and query.shape[0] <= MAX_GRID
+        and query.shape[1] <= MAX_GRID
         and query.shape[4] <= MAX_HEAD_DIM
         and max(kernel) <= (MAX_KERNEL if bias is None else MAX_BIASED)
         and query.numel() > 0
@@ -94,7 +98,6 @@ class _Tiles:
         walk = geometry.walk((s.H, s.W), s.kernel, s.dilation, size, block, by_key)
         self.walk = walk = walk if tail else walk._replace(tail=0)
         self.tables = tuple(geometry.table(walk, vertical).to(s.device) for vertical in (True, False))
-        self.integers = len(walk.rows.tiles), len(walk.columns.tiles), len(walk.columns.kinds)
         self.constants = dict(
             TILE_X=walk.width, WIDTH=walk.columns.columns, BLOCK_M=walk.block_m, BLOCK_N=block, TAIL=walk.tail,
             WORDS=walk.words, BY_KEY=by_key,
@@ -119,8 +122,10 @@ class _Tiles:
 def _prepare(s: _Shape, kernel: Any, tile: Tile, by_key: bool = False, **more: Any) -> Callable[..., None]:
     """Launch of a kernel with a program for every tile, image and head."""
     tiles = _Tiles(s, tile, by_key)
-    integers = (*s.strides, s.H, s.W, *s.dilation, *tiles.integers)
-    launch = s.prepare(kernel, (s.B * tiles.walk.tiles * s.heads,), integers, tile, **tiles.constants, **more)
+    integers = (*s.strides, s.B, s.H, s.W, *s.dilation, len(tiles.walk.columns.kinds))
+    images = max(1, min(tile.images, tiles.walk.tiles * s.heads * s.B // PROGRAMS))
+    grid = s.heads * len(tiles.walk.columns.tiles), len(tiles.walk.rows.tiles), -(-s.B // images)
+    launch = s.prepare(kernel, grid, integers, tile, IMAGES=images, **tiles.constants, **more)
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> None:
         launch(query, key, value, tiles.meeting(bias), *tiles.tables, *rest)
@@ -150,11 +155,11 @@ def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
     )  # fmt: skip
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *rest: Any) -> None:
-        *rest, dbias, scale = rest
+        *saved, dbias, scale = rest
         part, total = (
             torch.empty((len(x), s.heads, size), dtype=torch.float32, device=s.device) for x in (splits, classes)
         )
-        grad(query, key, value, tiles.meeting(bias), *tiles.tables, lists, splits, *rest, part, scale)
+        grad(query, key, value, tiles.meeting(bias), *tiles.tables, lists, splits, *saved, part, scale)
         add(part, classes, total)
         fold(total, classes, dbias)
 

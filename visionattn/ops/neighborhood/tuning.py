@@ -13,13 +13,17 @@ __all__ = ["Search", "Tile", "candidates", "choose", "searching"]
 
 
 class Tile(NamedTuple):
-    """A program's rows each way, columns a step of its walk, warps, stages of its loads, most registers a thread."""
+    """A program's rows each way, columns a step of its walk, warps, stages of its loads, images, registers a thread.
+
+    Of images and registers these are the most.
+    """
 
     height: int
     width: int
     columns: int
     warps: int
     stages: int
+    images: int = 1
     registers: int | None = None
 
 
@@ -34,11 +38,18 @@ class Row(NamedTuple):
     columns: int
     warps: int
     stages: int
+    images: int = 1
     registers: int | None = None
 
 
-# for 16-bit numbers on GPUs of compute capability 9; the first line that fits counts
-_TUNED: list[Row] = []
+# for 16-bit numbers on GPUs of compute capability 9, by their machine code; the first line that fits counts
+_TUNED = [
+    Row("forward", 64, 1 << 30, 0, 64, 64, 4, 2, 4),
+    Row("forward", 128, 1 << 30, 0, 64, 64, 4, 1),
+    Row("query_grad", 128, 1 << 30, 0, 64, 64, 4, 2),
+    Row("key_grad", 64, 1 << 30, 0, 64, 64, 4, 2),
+    Row("key_grad", 128, 1 << 30, 0, 64, 64, 4, 1),
+]
 
 
 @lru_cache(maxsize=256)
@@ -93,7 +104,7 @@ def choose(
                 row = line
                 break
     height, width = shape(row.rows, group, window)
-    return Tile(height, width, row.columns, row.warps, row.stages, row.registers)
+    return Tile(height, width, row.columns, row.warps, row.stages, row.images, row.registers)
 
 
 def candidates(tile: Tile, size: Sequence[int], window: tuple[int, int], dilation: Sequence[int]) -> list[Tile]:
@@ -105,6 +116,7 @@ def candidates(tile: Tile, size: Sequence[int], window: tuple[int, int], dilatio
             for warps in {max(1, rows // 16), max(1, rows // 32)}:
                 if columns < 128 or rows >= 64:
                     found.append(Tile(*shape(rows, group, window), columns, warps, tile.stages))
-    found += [tile._replace(stages=stages) for stages in (1, 2, 3)]
+    found += [tile._replace(stages=stages) for stages in (1, 2, 3, 4)]
+    found += [tile._replace(images=images) for images in (1, 2, 4, 8)]
     found += [tile._replace(registers=registers) for registers in (80, 96, 128, 168)]
     return list(dict.fromkeys(found))
