@@ -26,9 +26,10 @@ CASES = dict(
     one_row=dict(size=(1, 1, 40), heads=1, d=16, kernel=(1, 5), dilation=(9, 3)),
     single_pixel=dict(size=(1, 6, 7), heads=3, d=1, kernel=(1, 1)),
     tall_window=dict(size=(1, 15, 6), heads=1, d=40, kernel=(13, 3)),
-    large_window=dict(size=(1, 24, 21), heads=1, d=8, kernel=(21, 21)),
+    large_window=dict(size=(1, 23, 8), heads=1, d=8, kernel=(21, 7)),
     wide_heads=dict(size=(1, 8, 8), heads=1, d=128, kernel=(5, 5)),
 )
+SMALL = dict(size=(1, 9, 8), heads=1, d=8, kernel=(3, 5), dilation=(2, 1))
 BIASED = ["ragged_tiles", "borders_meet", "dilated", "group_is_window", "one_row", "wide_heads"]
 
 
@@ -81,7 +82,7 @@ def test_bias_and_its_gradient_equal_reference(name):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["inner_tiles", "borders_meet", "dilated"])
+@pytest.mark.parametrize("name", ["inner_tiles", "dilated"])
 def test_half_precision_is_close(name, dtype, bias):
     compare(CASES[name], dtype, bias)
 
@@ -89,7 +90,7 @@ def test_half_precision_is_close(name, dtype, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_any_scale_works(scale, bias):
-    compare(CASES["ragged_tiles"], torch.float32, bias, scale)
+    compare(SMALL, torch.float32, bias, scale)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -97,7 +98,7 @@ def test_any_scale_works(scale, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scores_beyond_the_range_of_exponentials(dtype, shift, bias):
     # about +-36 sqrt(d) before the exponential: powers of 2 that float32 has no numbers for
-    case = dict(CASES["ragged_tiles"], d=32)
+    case = dict(SMALL, d=32)
     # scores of hundreds carry an absolute error that the exponential turns into a relative one
     compare(case, dtype, bias, scale=1.0, shift=shift, relative=10 * RELATIVE[dtype])
 
@@ -105,7 +106,7 @@ def test_scores_beyond_the_range_of_exponentials(dtype, shift, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_two_runs_are_equal(dtype, bias):
-    first, second = (results(CASES["dilated"], dtype, dtype, "triton", bias) for _ in range(2))
+    first, second = (results(SMALL, dtype, dtype, "triton", bias) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -198,7 +199,7 @@ def test_search_finds_tiles_that_work(bias, monkeypatch, caplog):
     for plan in plans:
         plan.clear()
     with caplog.at_level("INFO", logger="visionattn"):
-        compare(CASES["ragged_tiles"], torch.float16, bias)
+        compare(SMALL, torch.float16, bias)
     for plan in plans:
         plan.clear()
     assert sum("fastest of" in message for message in caplog.messages) == 3 + bias

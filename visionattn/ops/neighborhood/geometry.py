@@ -176,10 +176,10 @@ def words(walk: Walk, by_key: bool) -> Tensor:
 
 
 class Splits(NamedTuple):
-    """Work of the bias gradient: a split is some (image, tile) items of one class."""
+    """Work of the bias gradient: a split is some (tile, image) items of one class, tile by tile."""
 
     lists: Tensor  # int32 [tiles, 2], vertical and horizontal number of the tiles, class by class
-    splits: Tensor  # int32 [splits, FIELDS]: first item, items, first tile in ``lists``, tiles of the class, class
+    splits: Tensor  # int32 [splits, FIELDS]: first item, end, first tile of the class in ``lists``, class
     classes: Tensor  # as ``classes`` makes them, with first split and number of splits
 
 
@@ -206,6 +206,6 @@ def splits(walk: Walk, batch: int, wanted: int) -> Splits:
             shares.append((len(found), parts))
             for part in range(parts):
                 first, last = (batch * count * p // parts for p in (part, part + 1))
-                found.append([first, last - first, len(lists), count, len(shares) - 1, 0, 0, 0])
+                found.append([first, last, len(lists), len(shares) - 1, 0, 0, 0, 0])
             lists += [(ty, tx) for ty in ys for tx in xs]
     return Splits(torch.tensor(lists).int(), torch.tensor(found).int(), classes(walk, shares))

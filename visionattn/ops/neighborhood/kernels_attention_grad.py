@@ -14,7 +14,6 @@ import triton.language as tl
 from visionattn.ops.neighborhood.kernels_attention import (
     FIELDS,
     LOG2_E,
-    _columns,
     _halo,
     _meeting,
     _place,
@@ -86,10 +85,18 @@ def _key_grad_image(
             q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
         )  # fmt: skip
     if TAIL > 0:
-        dk, dv = _key_grads(
-            tail_q, tail_do, tail_lse, tail_delta, k, v, dk, dv, factor, meet_ptr, tail, ROWS, BLOCK_M, BIAS,
-            PRECISION,
-        )  # fmt: skip
+        m = tl.arange(0, BLOCK_M)[:, None]
+        # keys by queries here: so few queries are no rows for the matrix units
+        scores = tl.dot(k, tl.trans(tail_q), input_precision=PRECISION)
+        if BIAS:
+            tile = tl.load(meet_ptr + tail[None, :] * BLOCK_M + m).to(tl.float32)
+            p = tl.exp2(scores * factor + (tile - tail_lse[None, :]))
+        else:
+            word = tl.load(meet_ptr + (m // 32) * ROWS + tail[None, :])
+            p = tl.where(((word >> (m % 32)) & 1) != 0, tl.exp2(scores * factor - tail_lse[None, :]), 0.0)
+        dv = tl.dot(p.to(tail_do.dtype), tail_do, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(tail_do), input_precision=PRECISION) - tail_delta[None, :])
+        dk = tl.dot(ds.to(tail_q.dtype), tail_q, dk, input_precision=PRECISION)
     where = image + ((y * W + x) * HEADS + head)[:, None] * D + d[None, :]
     tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)
@@ -137,7 +144,7 @@ def bias_grad_kernel(
     q_ptr, k_ptr, v_ptr, meet_ptr, rows_ptr, columns_ptr, lists_ptr, splits_ptr, lse_ptr, do_ptr, delta_ptr, part_ptr,
     scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
-    H, W, step_y, step_x, chunks,
+    B, H, W, step_y, step_x, chunks,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -149,37 +156,43 @@ def bias_grad_kernel(
     chunk, pid = pid % chunks, pid // chunks
     head, split = pid % HEADS, pid // HEADS
     splits_ptr += split * FIELDS
-    first, items = tl.load(splits_ptr), tl.load(splits_ptr + 1)
+    first, last = tl.load(splits_ptr), tl.load(splits_ptr + 1)
     lists_ptr += 2 * tl.load(splits_ptr + 2)
-    tiles, number = tl.load(splits_ptr + 3), tl.load(splits_ptr + 4)
     m, n0 = tl.arange(0, BLOCK_M), chunk * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    meet_ptr += (number * HEADS + head) * (BLOCK_M * 32 * WORDS)
+    meet_ptr += (tl.load(splits_ptr + 3) * HEADS + head) * (BLOCK_M * 32 * WORDS)
     q_ptr += head * q_sn
     k_ptr += head * k_sn
     v_ptr += head * v_sn
+    do_ptr += head * D
     factor = scale * LOG2_E
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for item in range(first, first + items):
-        place = lists_ptr + 2 * (item % tiles)
+    for number in range(first // B, (last + B - 1) // B):
+        place = lists_ptr + 2 * number
         row_ptr, column_ptr = rows_ptr + tl.load(place) * FIELDS, columns_ptr + tl.load(place + 1) * FIELDS
-        batch = (item // tiles).to(tl.int64)
         y, x, inside = _tile_rows(row_ptr, column_ptr, m, step_y, step_x, TILE_X)
-        q = _read(q_ptr + batch * q_sb, y * q_sh + x * q_sw, inside, D, BLOCK_D, True)
-        pixels = y * W + x
-        do = _read(do_ptr + batch * (H * W * HEADS * D), (pixels * HEADS + head) * D, inside, D, BLOCK_D, True)
-        row = (batch * HEADS + head) * (H * W) + pixels
-        lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
-        key_y, key_x, count_y, count_x = (
-            tl.load(row_ptr + 2), tl.load(column_ptr + 2), tl.load(row_ptr + 3), tl.load(column_ptr + 3),
-        )  # fmt: skip
-        keys, values = batch * k_sb + key_y * k_sh + key_x * k_sw, batch * v_sb + key_y * v_sh + key_x * v_sw
-        k = _columns(k_ptr + keys, n, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
-        v = _columns(v_ptr + values, n, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = _powers(scores, factor, lse[:, None], meet_ptr, m, n0, BLOCK_M, 32 * WORDS, BLOCK_N, True)
-        acc += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        key_y, key_x = tl.load(row_ptr + 2), tl.load(column_ptr + 2)
+        a, b = _halo(n, tl.load(row_ptr + 3), tl.load(column_ptr + 3), WIDTH)
+        key, value = (key_y + a * step_y) * k_sh, (key_y + a * step_y) * v_sh
+        key, value = key + (key_x + b * step_x) * k_sw, value + (key_x + b * step_x) * v_sw
+        query, pixels = y * q_sh + x * q_sw, y * W + x
+        start, end = max(first - number * B, 0), min(last - number * B, B)
+        row = (tl.cast(start, tl.int64) * HEADS + head) * (H * W) + pixels
+        next_lse = tl.load(lse_ptr + row, mask=inside, other=0.0)  # read a step ahead, as the pipeline does with rows
+        next_delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
+        for image in range(start, end):
+            batch = tl.cast(image, tl.int64)
+            q = _read(q_ptr + batch * q_sb, query, inside, D, BLOCK_D, True)
+            do = _read(do_ptr + batch * (H * W * HEADS * D), pixels * (HEADS * D), inside, D, BLOCK_D, True)
+            k = _read(k_ptr + batch * k_sb, key, n, D, BLOCK_D, False)
+            v = _read(v_ptr + batch * v_sb, value, n, D, BLOCK_D, False)
+            lse, delta = next_lse * LOG2_E, next_delta
+            row = ((batch + 1) * HEADS + head) * (H * W) + pixels
+            next_lse = tl.load(lse_ptr + row, mask=inside & (image + 1 < end), other=0.0)
+            next_delta = tl.load(delta_ptr + row, mask=inside & (image + 1 < end), other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = _powers(scores, factor, lse[:, None], meet_ptr, m, n0, BLOCK_M, 32 * WORDS, BLOCK_N, True)
+            acc += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     part_ptr += (split * HEADS + head).to(tl.int64) * (BLOCK_M * 32 * WORDS)
     tl.store(part_ptr + m[:, None] * (32 * WORDS) + n[None, :], acc)
 

@@ -140,13 +140,14 @@ def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
     chunks, columns = 32 * walk.words // tile.columns, 32 * walk.words
     parts = geometry.splits(walk, s.B, max(1, BIAS_PROGRAMS // (s.heads * chunks)))
     lists, splits, classes = (x.to(s.device) for x in parts)
-    integers = (*s.strides, s.H, s.W, *s.dilation, chunks)
+    integers = (*s.strides, s.B, s.H, s.W, *s.dilation, chunks)
     grid = len(splits) * s.heads * chunks
     grad = s.prepare(kernels_attention_grad.bias_grad_kernel, (grid,), integers, tile, **tiles.constants)
     size, plain = walk.block_m * columns, Tile(0, 0, 0, 4, 1)
+    together = min(16, 1 << (int(parts.classes[:, 1].max()) - 1).bit_length())
     add = s.prepare(
-        kernels_attention_grad.bias_sum_kernel, (-(-size // 256), walk.classes, s.heads), (size,), plain,
-        BLOCK_S=16, BLOCK=256,
+        kernels_attention_grad.bias_sum_kernel, (-(-size * together // 4096), walk.classes, s.heads), (size,), plain,
+        BLOCK_S=together, BLOCK=4096 // together,
     )  # fmt: skip
     places = (2 * s.kernel[0] - 1) * (2 * s.kernel[1] - 1)
     fold = s.prepare(
@@ -232,7 +233,8 @@ def backward(
     run = _backward_plans.get(name) or _backward_plans.keep(
         name, _plan_backward(_Shape(query, key, value, bias, kernel, dilation), lse_grad, bias_grad)
     )
-    do, delta = grad_out.contiguous(), torch.empty_like(lse)
+    do, lse = grad_out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     inputs = query, key, value, bias

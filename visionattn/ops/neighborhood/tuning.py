@@ -28,27 +28,31 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table: for heads and windows up to this size, the rows of a tile and the rest of it."""
+    """A line of the table: a kernel, its head dim at most, the rows of a tile and the rest of it.
+
+    Windows of more pixels than ``window`` and dilation groups of fewer than ``group`` take another line.
+    """
 
     kernel: str
     head_dim: int
-    window: int  # pixels
-    group: int  # pixels of a dilation group at least
     rows: int
     columns: int
     warps: int
     stages: int
     images: int = 1
     registers: int | None = None
+    window: int = 1 << 30
+    group: int = 0
 
 
 # for 16-bit numbers on GPUs of compute capability 9, by their machine code; the first line that fits counts
 _TUNED = [
-    Row("forward", 64, 1 << 30, 0, 64, 64, 4, 2, 4),
-    Row("forward", 128, 1 << 30, 0, 64, 64, 4, 1),
-    Row("query_grad", 128, 1 << 30, 0, 64, 64, 4, 2),
-    Row("key_grad", 64, 1 << 30, 0, 64, 64, 4, 2),
-    Row("key_grad", 128, 1 << 30, 0, 64, 64, 4, 1),
+    Row("forward", 64, 64, 64, 4, 2, 4),
+    Row("forward", 128, 64, 64, 4, 1),
+    Row("query_grad", 128, 64, 64, 4, 2),
+    Row("key_grad", 128, 64, 64, 4, 2),
+    Row("bias_grad", 64, 64, 64, 4, 2),
+    Row("bias_grad", 128, 64, 32, 4, 2),
 ]
 
 
@@ -67,11 +71,12 @@ def shape(rows: int, group: tuple[int, int], kernel: tuple[int, int]) -> tuple[i
 
 
 def _row(kernel: str, head_dim: int, itemsize: int) -> Row:
-    """64 rows for a group of four warps' matrix instructions, fewer where numbers are longer."""
+    """Tiles that need no more registers and shared memory than any GPU has."""
     if itemsize == 4:  # exact products of large tiles take the compiler long
-        columns = 32 if head_dim <= 64 else 16
-        return Row(kernel, 128, 0, 0, 32 if head_dim <= 64 else 16, columns, 4 if head_dim <= 64 else 2, 1)
-    return Row(kernel, 128, 0, 0, 64, 64 if head_dim <= 64 else 32, 4, 2)
+        return Row(kernel, 64, 32, 32, 4, 1) if head_dim <= 64 else Row(kernel, 128, 16, 16, 2, 1)
+    if head_dim <= 32:
+        return Row(kernel, 32, 64, 64, 4, 2)
+    return Row(kernel, 64, 32, 32, 2, 2) if head_dim <= 64 else Row(kernel, 128, 32, 32, 4, 2)
 
 
 def choose(
