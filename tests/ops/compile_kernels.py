@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from visionattn.ops.depthwise import launch as depthwise
 from visionattn.ops.linear import launch as linear
+from visionattn.ops.neighborhood import launch as neighborhood
 from visionattn.ops.neighborhood import launch_sum as neighborhood_sum
 from visionattn.ops.norm import launch as norm
 from visionattn.ops.routing import launch
@@ -71,6 +72,18 @@ def routing():
         launch.backward(out, None, q, k, v, index, out, lse, *rest[1:], grads)
     launch.region_mean(torch.empty(1, 56, 56, 64), (8, 8))
     launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
+
+
+def neighborhoods():
+    """Neighbourhood attention of NAT and DiNAT, and the widest heads and rows."""
+    stages = [(56, 2, 32, 7, 1, torch.bfloat16), (14, 8, 32, 7, 1, torch.float16), (28, 4, 32, 7, 4, torch.bfloat16)]
+    wide = [(40, 2, 128, 13, 1, torch.bfloat16), (30, 1, 128, 5, 1, torch.float32), (30, 1, 64, 7, 1, torch.bfloat16)]
+    for side, heads, dim, kernel, dilation, dtype in stages + wide:
+        q, k, v = (torch.empty(64, side, side, heads, dim, dtype=dtype) for _ in range(3))
+        for bias in (None, torch.empty(heads, 2 * kernel - 1, 2 * kernel - 1)):
+            rest = (kernel, kernel), (dilation, dilation), 0.1
+            out, lse = neighborhood.forward(q, k, v, bias, *rest)
+            neighborhood.backward(out, None, q, k, v, bias, out, lse, *rest)
 
 
 def norms():
@@ -137,6 +150,7 @@ def run(capability):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
     routing()
+    neighborhoods()
     norms()
     depthwise_convolutions()
     linear_layers()

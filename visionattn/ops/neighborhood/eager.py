@@ -5,6 +5,9 @@ matrix product; a tile of -inf and relative position bias is added to it. The ba
 the log-sum-exp and adds the gradients of a tile's keys to a slice of the map. A step takes as many images and tiles at
 once as fit, and tiles are made smaller where one alone would not, so the memory beyond inputs, outputs and gradients
 stays below four times the size of key and value.
+
+On a GPU ``visionattn::neighborhood_attention`` hands over to the Triton kernels (``launch.py``); autograd, autocast,
+shape inference and FLOP formulas are the same for both.
 """
 
 import math
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.ops._dispatch import register_autocast
+from visionattn.ops._dispatch import launcher, register_autocast, use_triton
 from visionattn.ops.neighborhood.tiles import Segment, TileClass, slots, tile_classes
 
 _SHARE = 1.5  # of the size of key and value that the buffers of a step may take
@@ -115,6 +118,8 @@ def neighborhood_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, W, heads, head_dim]`` and log-sum-exp ``[B, heads, H, W]``."""
+    if use_triton(query) and launcher("neighborhood").serves(query, key, value, bias, kernel_size):
+        return launcher("neighborhood").forward(query, key, value, bias, kernel_size, dilation, scale)
     B, H, W, heads, _ = query.shape
     dtype, kernel = torch.promote_types(query.dtype, torch.float32), _pair(kernel_size)
     out, lse = query.new_empty(query.shape), query.new_empty((B, heads, H, W), dtype=dtype)
@@ -168,6 +173,11 @@ def neighborhood_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (empty without one)."""
+    if use_triton(query) and launcher("neighborhood").serves(query, key, value, bias, kernel_size):
+        *grads, db = launcher("neighborhood").backward(
+            grad_out, grad_lse, query, key, value, bias, out, lse, kernel_size, dilation, scale
+        )
+        return *grads, query.new_empty(0) if db is None else db
     B, dtype, kernel = query.shape[0], lse.dtype, _pair(kernel_size)
     dq = query.new_empty(query.shape)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import use_reference
-from visionattn.ops.neighborhood import direct_sum, eager, eager_sum, reference  # noqa: F401  (they register operators)
+from visionattn.ops.neighborhood import direct, direct_sum, eager, eager_sum, reference  # noqa: F401  (register operators)
 
 
 def _check_kernel(name: str, kernel: Sequence[int], dilation: Sequence[int], H: int, W: int) -> None:
@@ -75,6 +75,10 @@ def neighborhood_attention(
             raise ValueError(f"bias must be {list(table)} for this kernel and these heads, got {list(bias.shape)}")
     if use_reference():
         return reference.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
+    if not torch.compiler.is_compiling():
+        out = direct.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)
+        if out is not None:
+            return out
     return torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
 
 

@@ -1,22 +1,13 @@
-"""Tile sizes of the routed kernels: measured ones where there are some, a rule elsewhere, a search on request.
+"""Tile sizes of the routed kernels: measured ones where there are some, a rule elsewhere, a search on request."""
 
-With ``VISIONATTN_AUTOTUNE=1`` in the environment the first call of every shape tries a handful of tiles on its own
-tensors (a second or two of compilation each), keeps the fastest for the rest of the process, and reports it to the
-logger ``visionattn``.
-"""
-
-import logging
-import os
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 
-from visionattn.ops._launch import Launch
+from visionattn.ops._tiles import Search, searching
 
-logger = logging.getLogger("visionattn")
+__all__ = ["Search", "Tile", "block", "candidates", "choose", "searching"]
 
 
 class Tile(NamedTuple):
@@ -81,45 +72,3 @@ def candidates(tile: Tile) -> list[Tile]:
                 found.append(Tile(rows, columns, warps, tile.stages))
     found += [tile._replace(stages=stages) for stages in (1, 2, 3)] + [tile._replace(registers=128)]
     return list(dict.fromkeys(found))
-
-
-def milliseconds(run: Callable[[], None]) -> float:
-    """Time of a launch on the device."""
-    return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
-
-
-class Search:
-    """Stands for a ``Launch``: the first call times that of every tile, later ones take the fastest."""
-
-    def __init__(self, kernel: str, tiles: list[Tile], prepare: Callable[[Tile], Launch]):
-        self._kernel, self._tiles, self._prepare = kernel, tiles, prepare
-        self._best: Launch | None = None
-
-    def __call__(self, *args: Any) -> None:
-        """Launch with ``args``; kernels write only results, so that running several does no harm."""
-        if self._best is None:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # no place for measuring
-                self._prepare(self._tiles[0])(*args)
-                return
-            self._best = self._search(args)
-        self._best(*args)
-
-    def _search(self, args: tuple[Any, ...]) -> Launch:
-        found: list[tuple[float, Tile, Launch]] = []
-        with torch.cuda.device(args[0].device if args[0].is_cuda else -1):
-            for tile in self._tiles:
-                launch = self._prepare(tile)
-                try:
-                    found.append((milliseconds(partial(launch, *args)), tile, launch))
-                except Exception as error:  # too large for this GPU, or for its compiler
-                    logger.info("%s: %s does not work: %s", self._kernel, tile, error)
-        if not found:
-            raise RuntimeError(f"no tile of {len(self._tiles)} works for {self._kernel}; unset VISIONATTN_AUTOTUNE")
-        time, tile, launch = min(found, key=lambda entry: entry[0])
-        logger.info("%s: fastest of %d is %s, %.3f ms", self._kernel, len(found), tile, time)
-        return launch
-
-
-def searching(device: torch.device) -> bool:
-    """Whether tiles are to be searched for."""
-    return os.environ.get("VISIONATTN_AUTOTUNE") == "1" and device.type == "cuda"

@@ -1,0 +1,221 @@
+"""The Triton kernels of neighbourhood attention, without a GPU in Triton's interpreter, against the definition."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_close
+
+from visionattn.ops import neighborhood_attention, use_backend
+from visionattn.ops.neighborhood import geometry, reference
+
+pytest.importorskip("triton")
+OPS = torch.ops.visionattn
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]  # the interpreter has no bfloat16
+RELATIVE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+# batch, map; heads; head_dim; kernel; dilation
+CASES = dict(
+    ragged_tiles=dict(size=(2, 9, 11), heads=2, d=8, kernel=(3, 5)),
+    borders_meet=dict(size=(1, 14, 14), heads=1, d=16, kernel=(7, 7)),
+    inner_tiles=dict(size=(1, 26, 21), heads=1, d=16, kernel=(3, 3)),
+    window_is_map=dict(size=(2, 7, 7), heads=2, d=12, kernel=(7, 7)),
+    dilated=dict(size=(1, 13, 15), heads=1, d=8, kernel=(3, 3), dilation=(4, 2)),
+    group_is_window=dict(size=(1, 14, 10), heads=1, d=32, kernel=(7, 5), dilation=(2, 2)),
+    one_row=dict(size=(1, 1, 40), heads=1, d=16, kernel=(1, 5), dilation=(9, 3)),
+    single_pixel=dict(size=(1, 6, 7), heads=3, d=1, kernel=(1, 1)),
+    tall_window=dict(size=(1, 15, 6), heads=1, d=40, kernel=(13, 3)),
+    large_window=dict(size=(1, 23, 8), heads=1, d=8, kernel=(21, 7)),
+    wide_heads=dict(size=(1, 8, 8), heads=1, d=128, kernel=(5, 5)),
+)
+SMALL = dict(size=(1, 9, 8), heads=1, d=8, kernel=(3, 5), dilation=(2, 1))
+BIASED = ["ragged_tiles", "borders_meet", "dilated", "group_is_window", "one_row", "wide_heads"]
+
+
+def results(case, dtype, kind, backend, bias=False, scale=None, shift=0.0):
+    """Output, log-sum-exp and the gradients of a packed projection and the bias, for the same numbers in ``kind``."""
+    size, heads, d, kernel = case["size"], case["heads"], case["d"], case["kernel"]
+    g = torch.Generator().manual_seed(1)
+    packed = torch.randn(*size, 3 * heads * d, generator=g, dtype=torch.float64)
+    packed[..., :d] += shift  # of all queries of the first head, along its keys
+    packed[..., heads * d : heads * d + d] += abs(shift)
+    table = torch.randn(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1, generator=g, dtype=torch.float64)
+    packed, table = (x.to(DEVICE, dtype).to(kind).requires_grad_() for x in (packed, table))
+    q, k, v = (x.view(*size, heads, d) for x in packed.chunk(3, dim=-1))
+    rest = list(kernel), list(case.get("dilation", (1, 1))), d**-0.5 if scale is None else scale
+    function = reference.neighborhood_attention if backend == "reference" else OPS.neighborhood_attention
+    with use_backend(backend):
+        out, lse = function(q, k, v, table if bias else None, *rest)
+        weights = (torch.randn(x.shape, generator=g, dtype=torch.float64).to(DEVICE) for x in (out, lse))
+        loss = sum((x.double() * w).sum() for x, w in zip((out, lse), weights, strict=True))
+        grad, *dbias = torch.autograd.grad(loss, [packed, table] if bias else [packed])
+    found = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grad.chunk(3, dim=-1)), strict=True))
+    return found | dict(zip(["dbias"], dbias, strict=False))
+
+
+def compare(case, dtype, bias=False, scale=None, shift=0.0, relative=None):
+    expected = results(case, dtype, torch.float64, "reference", bias, scale, shift)
+    actual = results(case, dtype, dtype, "triton", bias, scale, shift)
+    for name in expected:
+        assert actual[name].dtype == (torch.float32 if name == "lse" else dtype)
+        assert_close(name, expected[name], actual[name], relative or RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_reference(name):
+    # one pixel is the whole sum: only rounding is left of the gradients of queries and keys
+    if name == "single_pixel":
+        expected, actual = (
+            results(CASES[name], torch.float32, kind, backend)
+            for kind, backend in ((torch.float64, "reference"), (torch.float32, "triton"))
+        )
+        assert all((expected[key].double() - actual[key].double()).abs().max() < 1e-5 for key in ("out", "dv", "dq"))
+    else:
+        compare(CASES[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_bias_and_its_gradient_equal_reference(name):
+    compare(CASES[name], torch.float32, bias=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["inner_tiles", "dilated"])
+def test_half_precision_is_close(name, dtype, bias):
+    compare(CASES[name], dtype, bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_any_scale_works(scale, bias):
+    compare(SMALL, torch.float32, bias, scale)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shift", [-6.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_beyond_the_range_of_exponentials(dtype, shift, bias):
+    # about +-36 sqrt(d) before the exponential: powers of 2 that float32 has no numbers for
+    case = dict(SMALL, d=32)
+    # scores of hundreds carry an absolute error that the exponential turns into a relative one
+    compare(case, dtype, bias, scale=1.0, shift=shift, relative=10 * RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_two_runs_are_equal(dtype, bias):
+    first, second = (results(SMALL, dtype, dtype, "triton", bias) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_other_strides_and_bias_of_another_dtype():
+    case = CASES["ragged_tiles"]
+    q, k, v = torch.randn(3, 2, 9, 11, 2, 8, device=DEVICE).half()
+    bias = torch.randn(2, 9, 5, device=DEVICE).transpose(1, 2)
+    k = k.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)  # channels apart
+    v = v.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)  # heads first
+    q = q[:1].expand(2, -1, -1, -1, -1)
+    tensors = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach(), bias)]
+    with use_backend("triton"):
+        out = neighborhood_attention(*tensors[:3], case["kernel"], bias=tensors[3])
+        actual = out, *torch.autograd.grad(out.float().sin().sum(), tensors)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    with use_backend("reference"):
+        out = neighborhood_attention(*wide[:3], case["kernel"], bias=wide[3])
+        expected = out, *torch.autograd.grad(out.sin().sum(), wide)
+    for label, e, a in zip(("out", "dq", "dk", "dv", "dbias"), expected, actual, strict=True):
+        assert a.dtype == (torch.float32 if label == "dbias" else torch.float16)
+        assert_close(label, e, a, 3e-3)
+
+
+def test_direct_and_registered_calls_are_equal():
+    q, k, v = torch.randn(3, 1, 9, 9, 1, 8, device=DEVICE).unbind(0)
+    bias = torch.randn(1, 5, 5, device=DEVICE)
+    tensors = [x.requires_grad_() for x in (q, k, v, bias)]
+    with use_backend("triton"):
+        direct = neighborhood_attention(q, k, v, 3, bias=bias)
+        registered = OPS.neighborhood_attention(q, k, v, bias, [3, 3], [1, 1], 8**-0.5)[0]
+        assert "NeighborhoodAttentionBackward" in type(direct.grad_fn).__name__
+        grads = [torch.autograd.grad(x.sin().sum(), tensors) for x in (direct, registered)]
+        with torch.no_grad():
+            assert torch.equal(direct, neighborhood_attention(q, k, v, 3, bias=bias))
+    assert torch.equal(direct, registered)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["bias", "query"])
+def test_gradients_are_those_asked_for(frozen):
+    tensors = dict(zip(("query", "key", "value"), torch.randn(3, 1, 6, 6, 1, 8, device=DEVICE).unbind(0), strict=True))
+    tensors["bias"] = torch.randn(1, 5, 5, device=DEVICE)
+    for name, x in tensors.items():
+        x.requires_grad_(name != frozen)
+    with use_backend("triton"):
+        neighborhood_attention(**tensors, kernel_size=3).sum().backward()
+    assert {name for name, x in tensors.items() if x.grad is None} == {frozen}
+
+
+def test_autocast_runs_in_half_precision():
+    q, k, v = torch.randn(3, 1, 6, 6, 1, 8, device=DEVICE).unbind(0)
+    bias = torch.randn(1, 5, 5, device=DEVICE, requires_grad=True)
+    with use_backend("triton"), torch.autocast(DEVICE, torch.float16):
+        out = neighborhood_attention(q, k, v, 3, bias=bias)
+        assert out.dtype == torch.float16
+        registered = OPS.neighborhood_attention(q, k, v, bias, [3, 3], [1, 1], 8**-0.5)[0]
+    assert torch.equal(out, registered)
+    (grad,) = torch.autograd.grad(out.float().sum(), bias)
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_pass_opcheck(bias):
+    tensors = [torch.randn(1, 6, 6, 1, 8, device=DEVICE, requires_grad=True) for _ in range(3)]
+    table = torch.randn(1, 5, 5, device=DEVICE, requires_grad=True) if bias else None
+    with use_backend("triton"):
+        torch.library.opcheck(OPS.neighborhood_attention.default, (*tensors, table, [3, 3], [2, 1], 0.5))
+
+
+def test_float64_and_wide_heads_take_the_eager_form():
+    compare(dict(size=(1, 8, 8), heads=1, d=160, kernel=(3, 3)), torch.float32)
+    case = CASES["ragged_tiles"]
+    actual = results(case, torch.float64, torch.float64, "triton", bias=True)["out"]
+    assert_close("out", results(case, torch.float64, torch.float64, "reference", bias=True)["out"], actual, 1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_search_finds_tiles_that_work(bias, monkeypatch, caplog):
+    from visionattn.ops import _tiles
+    from visionattn.ops.neighborhood import launch, tuning
+
+    monkeypatch.setenv("VISIONATTN_AUTOTUNE", "1")
+    if DEVICE == "cpu":  # the interpreter's times mean nothing: take the last of a few candidates
+        order = itertools.count()
+        monkeypatch.setattr(tuning, "searching", lambda device: True)
+        monkeypatch.setattr(_tiles, "milliseconds", lambda run: (run(), -next(order))[1])
+        found = tuning.candidates
+        monkeypatch.setattr(tuning, "candidates", lambda *args: found(*args)[:2])
+    plans = launch._forward_plans, launch._backward_plans
+    for plan in plans:
+        plan.clear()
+    with caplog.at_level("INFO", logger="visionattn"):
+        compare(SMALL, torch.float16, bias)
+    for plan in plans:
+        plan.clear()
+    assert sum("fastest of" in message for message in caplog.messages) == 3 + bias
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("length, kernel, dilation, size", [(23, 5, 2, 4), (14, 7, 1, 8), (9, 1, 1, 4), (40, 13, 3, 6)])
+def test_tiles_cover_every_pair_once(length, kernel, dilation, size, by_key):
+    members, _ = reference.windows(length, kernel, dilation)
+    expected = torch.zeros(length, length, dtype=torch.int32)
+    expected.scatter_(1, members, 1)
+    found = torch.zeros_like(expected)
+    tiles, kinds = geometry.axis(length, kernel, dilation, size, by_key)
+    for row, column, number in tiles:
+        kind = kinds[number]
+        assert column == row + dilation * kind.shift
+        for i, (low, high) in enumerate(kind.meets):
+            found[row + dilation * i, column + dilation * low : column + dilation * high + 1 : dilation] += 1
+    assert torch.equal(found.T if by_key else found, expected)

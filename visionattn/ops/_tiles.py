@@ -1,0 +1,59 @@
+"""Search for the tile sizes of a kernel.
+
+With ``VISIONATTN_AUTOTUNE=1`` in the environment the first call of every shape tries a handful of tiles on its own
+tensors (a second or two of compilation each), keeps the fastest for the rest of the process, and reports it to the
+logger ``visionattn``.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+
+logger = logging.getLogger("visionattn")
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """Time of a launch on the device."""
+    return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
+
+
+class Search:
+    """Stands for a ``Launch``: the first call times that of every tile, later ones take the fastest."""
+
+    def __init__(self, kernel: str, tiles: list[Any], prepare: Callable[[Any], Callable[..., None]]):
+        self._kernel, self._tiles, self._prepare = kernel, tiles, prepare
+        self._best: Callable[..., None] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        """Launch with ``args``; kernels write only results, so that running several does no harm."""
+        if self._best is None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # no place for measuring
+                self._prepare(self._tiles[0])(*args)
+                return
+            self._best = self._search(args)
+        self._best(*args)
+
+    def _search(self, args: tuple[Any, ...]) -> Callable[..., None]:
+        found: list[tuple[float, Any, Callable[..., None]]] = []
+        with torch.cuda.device(args[0].device if args[0].is_cuda else -1):
+            for tile in self._tiles:
+                launch = self._prepare(tile)
+                try:
+                    found.append((milliseconds(partial(launch, *args)), tile, launch))
+                except Exception as error:  # too large for this GPU, or for its compiler
+                    logger.info("%s: %s does not work: %s", self._kernel, tile, error)
+        if not found:
+            raise RuntimeError(f"no tile of {len(self._tiles)} works for {self._kernel}; unset VISIONATTN_AUTOTUNE")
+        time, tile, launch = min(found, key=lambda entry: entry[0])
+        logger.info("%s: fastest of %d is %s, %.3f ms", self._kernel, len(found), tile, time)
+        return launch
+
+
+def searching(device: torch.device) -> bool:
+    """Whether tiles are to be searched for."""
+    return os.environ.get("VISIONATTN_AUTOTUNE") == "1" and device.type == "cuda"

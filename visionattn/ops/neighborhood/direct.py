@@ -1,0 +1,63 @@
+"""Neighbourhood attention launched without PyTorch's dispatcher, for eager calls on a GPU, where host time counts.
+
+Where something has to see the calls (a compiler, an exporter, a dispatch mode) the registered operator runs instead;
+both launch the same kernels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visionattn.ops._dispatch import autocast_dtype, launcher, launches
+
+
+class _NeighborhoodAttention(torch.autograd.Function):
+    """``visionattn::neighborhood_attention`` and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        kernel: Sequence[int],
+        dilation: Sequence[int],
+        scale: float,
+    ) -> Tensor:
+        out, lse = launcher("neighborhood").forward(query, key, value, bias, kernel, dilation, scale)
+        ctx.save_for_backward(query, key, value, bias, out, lse)
+        ctx.rest = kernel, dilation, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        run, saved = launcher("neighborhood").backward, ctx.saved_tensors
+        return (*run(grad_out, None, *saved, *ctx.rest, bias_grad=ctx.needs_input_grad[3]), None, None, None)
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> Tensor | None:
+    """Output of checked arguments, or None where this way is not open."""
+    if not launches(query):
+        return None
+    dtype = autocast_dtype(query)
+    if dtype != query.dtype:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not launcher("neighborhood").serves(query, key, value, bias, kernel):
+        return None
+    inputs = query, key, value, bias
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _NeighborhoodAttention.apply(*inputs, kernel, dilation, scale)
+    return launcher("neighborhood").forward(*inputs, kernel, dilation, scale)[0]

@@ -1,0 +1,247 @@
+"""Launching the Triton kernels of neighbourhood attention: tile sizes, masks and the order of the kernels."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops.neighborhood import geometry, kernels_attention, kernels_attention_grad, tuning
+from visionattn.ops.neighborhood.tuning import Tile
+
+MAX_HEAD_DIM = 128
+MAX_GRID = 65535  # programs along the second and third axis
+MAX_KERNEL, MAX_BIASED = 41, 25  # sides of a window: masks grow with its area and with the tiles that a border reaches
+PROGRAMS = 2048  # that keep a GPU busy; with more, one may serve several images
+BIAS_PROGRAMS = 2048  # of the bias gradient; each writes a tile of float32
+
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)
+_forward_plans, _backward_plans = Plans(), Plans()
+
+
+def _addressable(x: Tensor) -> bool:
+    """Whether offsets inside one image fit into 31 bits."""
+    _, H, W, heads, d = x.shape
+    return H * max(x.stride(1), W * heads * d) + W * x.stride(2) < 2**31
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Sequence[int]) -> bool:
+    """Whether there is a kernel for these tensors."""
+    return (
+        query.dtype in _SERVED
+        and query.shape[0] <= MAX_GRID
+        and query.shape[1] <= MAX_GRID
+        and query.shape[4] <= MAX_HEAD_DIM
+        and max(kernel) <= (MAX_KERNEL if bias is None else MAX_BIASED)
+        and query.numel() > 0
+        and _addressable(query)
+        and _addressable(key)
+        and _addressable(value)
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` itself where channels lie side by side, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Shape:
+    """Sizes of a call, as the kernels want them."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        kernel: Sequence[int],
+        dilation: Sequence[int],
+    ):
+        self.B, self.H, self.W, self.heads, self.D = query.shape
+        self.kernel = kernel[0], kernel[1]
+        self.dilation = [d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True)]  # one pixel has no distance
+        self.dtype, self.device = query.dtype, query.device
+        self.strides = tuple(s for x in (query, key, value) for s in x.stride()[:4])
+        self.block_d = max(16, 1 << (self.D - 1).bit_length())
+        self.biased = bias is not None
+        self.constants: dict[str, Any] = dict(
+            HEADS=self.heads,
+            D=self.D,
+            BLOCK_D=self.block_d,
+            KH=kernel[0],
+            KW=kernel[1],
+            BIAS=self.biased,
+            PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
+        )
+
+    def tuned(self, kernel: str, prepare: Callable[[Tile], Callable[..., None]]) -> Callable[..., None]:
+        """The launch with the tile for ``kernel``, or a search around it."""
+        tile = tuning.choose(
+            kernel, (self.H, self.W), self.kernel, self.dilation, self.block_d, self.dtype, self.device
+        )
+        if tuning.searching(self.device):
+            found = tuning.candidates(tile, (self.H, self.W), self.kernel, self.dilation)
+            return tuning.Search(kernel, found, prepare)
+        return prepare(tile)
+
+    def prepare(self, kernel: Any, grid: tuple[int, ...], integers: tuple[int, ...], tile: Tile, **more: Any) -> Launch:
+        values = {name: value for name, value in (self.constants | more).items() if name in kernel.arg_names}
+        return Launch(kernel, grid, integers, values, tile.warps, tile.stages, tile.registers)
+
+
+class _Tiles:
+    """How a kernel cuts the map: the walk of its programs, with tables and masks on the device."""
+
+    def __init__(self, s: _Shape, tile: Tile, by_key: bool = False, tail: bool = True):
+        size, block = (tile.height, tile.width), tile.columns
+        walk = geometry.walk((s.H, s.W), s.kernel, s.dilation, size, block, by_key)
+        self.walk = walk = walk if tail else walk._replace(tail=0)
+        self.tables = tuple(geometry.table(walk, vertical).to(s.device) for vertical in (True, False))
+        self.constants = dict(
+            TILE_X=walk.width, WIDTH=walk.columns.columns, BLOCK_M=walk.block_m, BLOCK_N=block, TAIL=walk.tail,
+            WORDS=walk.words, BY_KEY=by_key,
+        )  # fmt: skip
+        self._words, self._build = geometry.words(walk, by_key).to(s.device), None
+        if s.biased:
+            self._classes = geometry.classes(walk).to(s.device)
+            self._shape = walk.classes, s.heads, walk.block_m, 32 * walk.words
+            self._dtype = torch.float32 if s.dtype == torch.float32 else torch.float16
+            grid = walk.classes, s.heads, walk.words
+            self._build = s.prepare(kernels_attention.bias_tile_kernel, grid, (), Tile(0, 0, 0, 4, 1), **self.constants)
+
+    def meeting(self, bias: Tensor | None) -> Tensor:
+        """Which rows meet which columns: bit masks, or with a bias tiles of it."""
+        if bias is None or self._build is None:
+            return self._words
+        meet = torch.empty(self._shape, dtype=self._dtype, device=bias.device)
+        self._build(bias, self._words, self._classes, meet)
+        return meet
+
+
+def _prepare(s: _Shape, kernel: Any, tile: Tile, by_key: bool = False, **more: Any) -> Callable[..., None]:
+    """Launch of a kernel with a program for every tile, image and head."""
+    tiles = _Tiles(s, tile, by_key)
+    integers = (*s.strides, s.B, s.H, s.W, *s.dilation, len(tiles.walk.columns.kinds))
+    images = max(1, min(tile.images, tiles.walk.tiles * s.heads * s.B // PROGRAMS))
+    grid = s.heads * len(tiles.walk.columns.tiles), len(tiles.walk.rows.tiles), -(-s.B // images)
+    launch = s.prepare(kernel, grid, integers, tile, IMAGES=images, **tiles.constants, **more)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> None:
+        launch(query, key, value, tiles.meeting(bias), *tiles.tables, *rest)
+
+    return run
+
+
+def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
+    """Launches that sum the gradient of the bias."""
+    tiles = _Tiles(s, tile, tail=False)
+    walk = tiles.walk
+    chunks, columns = 32 * walk.words // tile.columns, 32 * walk.words
+    parts = geometry.splits(walk, s.B, max(1, BIAS_PROGRAMS // (s.heads * chunks)))
+    lists, splits, classes = (x.to(s.device) for x in parts)
+    integers = (*s.strides, s.B, s.H, s.W, *s.dilation, chunks)
+    grid = len(splits) * s.heads * chunks
+    grad = s.prepare(kernels_attention_grad.bias_grad_kernel, (grid,), integers, tile, **tiles.constants)
+    size, plain = walk.block_m * columns, Tile(0, 0, 0, 4, 1)
+    together = min(16, 1 << (int(parts.classes[:, 1].max()) - 1).bit_length())
+    add = s.prepare(
+        kernels_attention_grad.bias_sum_kernel, (-(-size * together // 4096), walk.classes, s.heads), (size,), plain,
+        BLOCK_S=together, BLOCK=4096 // together,
+    )  # fmt: skip
+    places = (2 * s.kernel[0] - 1) * (2 * s.kernel[1] - 1)
+    fold = s.prepare(
+        kernels_attention_grad.bias_fold_kernel, (places, s.heads), (walk.classes,), plain._replace(warps=2),
+        **tiles.constants,
+    )  # fmt: skip
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *rest: Any) -> None:
+        *saved, dbias, scale = rest
+        part, total = (
+            torch.empty((len(x), s.heads, size), dtype=torch.float32, device=s.device) for x in (splits, classes)
+        )
+        grad(query, key, value, tiles.meeting(bias), *tiles.tables, lists, splits, *saved, part, scale)
+        add(part, classes, total)
+        fold(total, classes, dbias)
+
+    return run
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``visionattn::neighborhood_attention`` on the device; arguments must have been checked."""
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    bias = None if bias is None else bias.contiguous()
+    name = (layout(query), layout(key), layout(value), bias is None or bias.dtype, *kernel, *dilation)
+    run = _forward_plans.get(name)
+    if run is None:
+        s = _Shape(query, key, value, bias, kernel, dilation)
+        # float16 has no room for exponentials of unshifted scores
+        run = _forward_plans.keep(name, s.tuned("forward", lambda tile: _prepare(
+            s, kernels_attention.forward_kernel, tile, EXACT=s.dtype == torch.float16
+        )))  # fmt: skip
+    B, H, W, heads, _ = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty((B, heads, H, W), dtype=torch.float32, device=query.device)
+    run(query, key, value, bias, out, lse, scale)
+    return out, lse
+
+
+class _Backward(NamedTuple):
+    """Launches of a backward pass."""
+
+    query_grad: Callable[..., None]
+    key_grad: Callable[..., None]
+    bias_grad: Callable[..., None] | None
+
+
+def _plan_backward(s: _Shape, lse_grad: bool, bias_grad: bool) -> _Backward:
+    return _Backward(
+        s.tuned("query_grad", lambda tile: _prepare(s, kernels_attention.query_grad_kernel, tile, LSE_GRAD=lse_grad)),
+        s.tuned("key_grad", lambda tile: _prepare(s, kernels_attention_grad.key_grad_kernel, tile, by_key=True)),
+        s.tuned("bias_grad", lambda tile: _prepare_bias_grad(s, tile)) if bias_grad else None,
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``visionattn::neighborhood_attention_backward`` on the device; no gradient of the bias unless ``bias_grad``."""
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    bias, lse_grad = None if bias is None else bias.contiguous(), grad_lse is not None
+    bias_grad = bias_grad and bias is not None
+    signature = bias is None or bias.dtype, lse_grad, bias_grad
+    name = (layout(query), layout(key), layout(value), *signature, *kernel, *dilation)
+    run = _backward_plans.get(name) or _backward_plans.keep(
+        name, _plan_backward(_Shape(query, key, value, bias, kernel, dilation), lse_grad, bias_grad)
+    )
+    do, lse = grad_out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    dlse = lse if grad_lse is None else grad_lse.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    inputs = query, key, value, bias
+    run.query_grad(*inputs, out.contiguous(), lse, do, dlse, dq, delta, scale)
+    run.key_grad(*inputs, lse, do, delta, dk, dv, scale)
+    if run.bias_grad is None or bias is None:
+        return dq, dk, dv, None
+    dbias = torch.empty_like(bias)
+    run.bias_grad(*inputs, lse, do, delta, dbias, scale)
+    return dq, dk, dv, dbias
