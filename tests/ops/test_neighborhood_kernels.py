@@ -205,6 +205,19 @@ def test_search_finds_tiles_that_work(bias, monkeypatch, caplog):
     assert sum("fastest of" in message for message in caplog.messages) == 3 + bias
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_program_may_serve_several_images(bias, monkeypatch):
+    from visionattn.ops.neighborhood import launch, tuning
+
+    tile, case = tuning.Tile(4, 4, 32, 4, 2, images=2), dict(SMALL, size=(3, 9, 8))
+    monkeypatch.setattr(launch, "PROGRAMS", 1)
+    monkeypatch.setattr(launch, "BIAS_PROGRAMS", 1)
+    monkeypatch.setattr(tuning, "choose", lambda *args: tile)
+    launch._forward_plans.clear(), launch._backward_plans.clear()
+    compare(case, torch.float16, bias)
+    launch._forward_plans.clear(), launch._backward_plans.clear()
+
+
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize("length, kernel, dilation, size", [(23, 5, 2, 4), (14, 7, 1, 8), (9, 1, 1, 4), (40, 13, 3, 6)])
 def test_tiles_cover_every_pair_once(length, kernel, dilation, size, by_key):
