@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from visionattn.ops import kernels_sums
-from visionattn.ops.depthwise import kernels_depthwise
+from visionattn.ops.depthwise import kernels_depthwise, kernels_large, launch_large
 from visionattn.ops.depthwise import launch as depthwise
 from visionattn.ops.norm import kernels_norm
 from visionattn.ops.norm import launch as norm
@@ -96,15 +96,36 @@ def depthwise_convolutions():
         depthwise.weight_grad(out, x, weight, torch.empty(C))
 
 
+def large_convolutions():
+    """Merged and dilated convolutions as OverLoCK has them, and one of a map whose row strides are not known."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [(56, 64, 17, 1, bf16), (14, 256, 13, 1, bf16), (56, 64, 3, 7, fp32), (30, 112, 19, 1, torch.float16)]
+    for side, C, kernel, dilation, dtype in cases:
+        x, weight = torch.empty(2, side, side, C, dtype=dtype), torch.empty(C, 1, kernel, kernel)
+        launch_large.SIZES = 0 if side == 30 else 64
+        out = depthwise.forward(x, weight, torch.empty(C), None, dilation=dilation)
+        depthwise.forward(out, weight, None, out, flip=True, dilation=dilation)
+        depthwise.weight_grad(out, x, weight, None, dilation)
+
+
 def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
-    for module in (kernels_dense, kernels_depthwise, kernels_listed, kernels_norm, kernels_sums, kernels_tables):
+    for module in (
+        kernels_dense,
+        kernels_depthwise,
+        kernels_large,
+        kernels_listed,
+        kernels_norm,
+        kernels_sums,
+        kernels_tables,
+    ):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(name, getattr(module, name), target))
     routing()
     norms()
     depthwise_convolutions()
+    large_convolutions()
 
 
 run(int(sys.argv[1]))
