@@ -56,11 +56,12 @@ def large_kernel(
     x_ptr, taps_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, r_sb, r_sh, r_sw, B, H, W, strips,
     x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
     STEP: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FLIP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    STATISTICS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Convolution, bias and residual of one tile, FLIP with the kernel turned around, which gives the gradient.
 
-    ``taps`` is float32 ``[KH * KW, C]``. Programs that read the same rows are neighbours.
+    ``taps`` is float32 ``[KH * KW, C]``. Programs that read the same rows are neighbours. STATISTICS does not keep the
+    result but its sums and those of its squares, ``out [programs, 2, C]`` in float32.
     """
     slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0) // slices
@@ -94,7 +95,17 @@ def large_kernel(
         left += DILATION
         x_ptr += DILATION * x_sw
         tap_ptr += -C if FLIP else C
-    for r in tl.static_range(ROWS):
+    if STATISTICS:
+        total, square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        for r in tl.static_range(ROWS):
+            value = tl.where(_there(inside & channels, first + r * DILATION, H, WHOLE), acc[r], 0.0)
+            total += value
+            square += value * value
+        out_ptr += program * 2 * C + tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
+        here = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C) < C
+        tl.store(out_ptr, tl.sum(total, 0), mask=here)
+        tl.store(out_ptr + C, tl.sum(square, 0), mask=here)
+    for r in tl.static_range(0 if STATISTICS else ROWS):
         y, out = first + r * DILATION, acc[r]
         mask = _there(inside & channels, y, H, WHOLE)
         if RESIDUAL:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops._launch import Launch
+from visionattn.ops._launch import Launch, Plans, layout
 from visionattn.ops.depthwise import kernels_large
 
-VALUES = 256  # of a program's tile in one row: two for each of 128 threads
+WARPS = 4  # of a program
+VALUES = 64  # of its tile in one row for each of them: two for a thread
 WHOLE = 28  # rows of a map at most that one program takes alone
 ROWS = (16, 14, 12, 10)  # of a program's tile else
 SUMS = 38  # of one channel in a thread of the weight gradient
@@ -17,6 +19,7 @@ PARTIAL = 32 << 20  # bytes of their sums
 SIZES = 64  # of maps that kernels are compiled for
 
 _sizes: set[tuple[Any, ...]] = set()
+_statistics = Plans()
 
 
 def channels_inside(x: Tensor) -> Tensor:
@@ -55,23 +58,30 @@ class _Sizes:
         rows, block_c = _rows(H, dilation), _channels(C)
         strips, self.slices = triton.cdiv(triton.cdiv(H, dilation), rows), triton.cdiv(C, block_c)
         self.strips, self.integers = strips * dilation, (B, H, W, strips)
-        self.lanes = VALUES // block_c
+        self.lanes = VALUES * WARPS // block_c
+        self.programs = triton.cdiv(B * W, self.lanes) * self.strips
         kernel = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation)
         whole = step and dilation == 1 and rows == H
         self.constants = dict(kernel, STEP=x.stride(1) if step else 0, WHOLE=whole, ROWS=rows, BLOCK_C=block_c)
 
 
 def forward_plan(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool, dilation: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    flip: bool,
+    dilation: int,
+    statistics: bool = False,
 ) -> Launch:
-    """The launch of a convolution, see ``launch.forward``."""
+    """The launch of a convolution, see ``launch.forward``; with ``statistics`` of one whose sums alone are wanted."""
     sizes = _Sizes(x, weight, dilation, _compiled_for(x))
     other = x if residual is None else residual
     integers = *x.stride()[:2], *other.stride()[:3], *sizes.integers
     constants = dict(sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
-    constants["BLOCK_P"] = sizes.lanes
-    grid = (triton.cdiv(x.shape[0] * x.shape[2], sizes.lanes) * sizes.strips * sizes.slices,)
-    return Launch(kernels_large.large_kernel, grid, integers, constants, num_stages=1)
+    constants.update(BLOCK_P=sizes.lanes, STATISTICS=statistics)
+    grid = (sizes.programs * sizes.slices,)
+    return Launch(kernels_large.large_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
 
 
 def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> tuple[Launch, int]:
@@ -92,5 +102,25 @@ def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     constants = dict(sizes.constants, G_STEP=grad.stride(1) if step else 0, BIAS=bias is not None)
     constants.update(COLUMNS=columns, BLOCK_D=block_d, BLOCK_P=block_p)
     grid = (programs * sizes.slices * blocks,)
-    launch = Launch(kernels_large.large_weight_grad_kernel, grid, integers, constants, num_stages=1)
+    launch = Launch(kernels_large.large_weight_grad_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
     return launch, programs * block_p
+
+
+def statistics(x: Tensor, weight: Tensor, arranged: Tensor, dilation: int) -> Tensor:
+    """Sums of a convolution's result and of its squares without the result, float64 ``[2, C]``.
+
+    Args:
+        x: Map, ``[B, H, W, C]``, channels side by side.
+        weight: ``[C, 1, kh, kw]``.
+        arranged: ``launch.arrange(weight)``.
+        dilation: Distance of the kernel's values on the map.
+    """
+    key = layout(x), weight.shape, dilation
+    launch, programs = _statistics.get(key) or (None, 0)
+    if launch is None:
+        programs = _Sizes(x, weight, dilation, False).programs
+        launch = forward_plan(x, weight, None, None, False, dilation, statistics=True)
+        _statistics.keep(key, (launch, programs))
+    sums = torch.empty((programs, 2, x.shape[3]), dtype=torch.float32, device=x.device)
+    launch(x, arranged, arranged, x, sums)
+    return sums.sum(0, dtype=torch.float64)
