@@ -90,6 +90,15 @@ def test_branches_at_once_at_full_size(side, C, size, dtype, relative, together)
     assert len(together) == 2
 
 
+def test_no_map_but_the_input_is_kept(together):
+    layer, x = prepared(5)
+    kept = []
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        layer(x.requires_grad_())
+    assert len(together) == 1
+    assert [y.shape for y in kept if y.numel() >= x.numel()] == [x.permute(0, 2, 3, 1).shape]
+
+
 def test_half_precision_under_autocast(together):
     layer, x = prepared(5)
     other = copy.deepcopy(layer).double()

@@ -8,7 +8,8 @@ run time, or the program would be too long for the compiler and the instruction 
 With a dilation the rows of a program lie that far apart, so that they share input rows all the same.
 
 What is known beforehand costs nothing: where ``STEP`` is given rows are reached by constant offsets, and where
-``WHOLE`` the program has all rows of the map, and input rows beyond the border are left out of the code.
+``WHOLE`` the program has all rows of the map, and input rows beyond the border are left out of the code. Where ``FULL``
+all rows of all tiles are on the map, so that only the rows around them may lie outside.
 """
 
 import triton
@@ -43,20 +44,24 @@ def _row(pointer, row, stride, STEP: tl.constexpr):
 
 
 @triton.jit
-def _there(mask, y, H, WHOLE: tl.constexpr):
-    """``mask`` where the row ``y`` is one of the map."""
-    if WHOLE:
-        return mask
-    else:
+def _there(mask, y, H, ABOVE: tl.constexpr, BELOW: tl.constexpr):
+    """``mask`` where the row ``y`` is one of the map, if it may lie above or below."""
+    if ABOVE and BELOW:
         return mask & ((y >= 0) & (y < H))
+    elif ABOVE:
+        return mask & (y >= 0)
+    elif BELOW:
+        return mask & (y < H)
+    else:
+        return mask
 
 
 @triton.jit
 def large_kernel(
     x_ptr, taps_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, r_sb, r_sh, r_sw, B, H, W, strips,
     x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
-    STEP: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, FLIP: tl.constexpr,
-    STATISTICS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    STEP: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    FLIP: tl.constexpr, STATISTICS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Convolution, bias and residual of one tile, FLIP with the kernel turned around, which gives the gradient.
 
@@ -64,6 +69,7 @@ def large_kernel(
     result but its sums and those of its squares, ``out [programs, 2, C]`` in float32.
     """
     slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    ragged: tl.constexpr = not (WHOLE or FULL)
     program = tl.program_id(0) // slices
     c = (tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     strip, number = program % (strips * DILATION), program // (strips * DILATION)
@@ -87,7 +93,7 @@ def large_kernel(
             taps = taps + (_load(tap_ptr + (-dy if FLIP else dy) * KW * C, channels, C, BLOCK_C),)
         for i in tl.static_range(ROWS + KH - 1):
             if not WHOLE or (i >= KH // 2 and i < ROWS + KH // 2):
-                mask = _there(there, top + i * DILATION, H, WHOLE)
+                mask = _there(there, top + i * DILATION, H, i < KH // 2, ragged or i >= ROWS + KH // 2)
                 x = _float32(tl.load(_row(x_ptr, i * DILATION, x_sh, STEP), mask=mask, other=0.0))
                 for dy in tl.static_range(KH):
                     if i >= dy and i - dy < ROWS:
@@ -98,7 +104,7 @@ def large_kernel(
     if STATISTICS:
         total, square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         for r in tl.static_range(ROWS):
-            value = tl.where(_there(inside & channels, first + r * DILATION, H, WHOLE), acc[r], 0.0)
+            value = tl.where(_there(inside & channels, first + r * DILATION, H, False, ragged), acc[r], 0.0)
             total += value
             square += value * value
         out_ptr += program * 2 * C + tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -107,7 +113,7 @@ def large_kernel(
         tl.store(out_ptr + C, tl.sum(square, 0), mask=here)
     for r in tl.static_range(0 if STATISTICS else ROWS):
         y, out = first + r * DILATION, acc[r]
-        mask = _there(inside & channels, y, H, WHOLE)
+        mask = _there(inside & channels, y, H, False, ragged)
         if RESIDUAL:
             where = image[:, None] * r_sb + tl.cast(y, tl.int64) * r_sh + column * r_sw + c
             out += _float32(tl.load(residual_ptr + where, mask=mask, other=0.0))
@@ -119,7 +125,7 @@ def large_kernel(
 def large_weight_grad_kernel(
     x_ptr, grad_ptr, partial_ptr, x_sb, x_sh, g_sb, g_sh, g_sw, B, H, W, strips, across, share,
     x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr,
-    STEP: tl.constexpr, G_STEP: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    STEP: tl.constexpr, G_STEP: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight and bias over ``share`` of the ``across`` tiles side by side of one strip.
@@ -128,6 +134,7 @@ def large_weight_grad_kernel(
     one of its ``BLOCK_P`` pixels of a tile has sums of its own: ``partial [programs * BLOCK_P, KH * KW + 1, C]``.
     """
     slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    ragged: tl.constexpr = not (WHOLE or FULL)
     blocks: tl.constexpr = (KW + BLOCK_D * COLUMNS - 1) // (BLOCK_D * COLUMNS)
     program = tl.program_id(0) // (slices * blocks)
     c = (tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -149,7 +156,7 @@ def large_weight_grad_kernel(
             inside = inside & (c < C)
         g_tile, x_tile = g_ptr + (image * g_sb + column * g_sw), x_ptr + (image * x_sb + column * x_sw)
         for r in tl.static_range(ROWS):
-            mask = _there(inside, first + r * DILATION, H, WHOLE)
+            mask = _there(inside, first + r * DILATION, H, False, ragged)
             grads = grads + (_float32(tl.load(_row(g_tile, r * DILATION, g_sh, G_STEP), mask=mask, other=0.0)),)
             if BIAS:
                 bias += grads[r]
@@ -160,7 +167,7 @@ def large_weight_grad_kernel(
                 there = there & (dx + j < KW)
             for i in tl.static_range(ROWS + KH - 1):
                 if not WHOLE or (i >= KH // 2 and i < ROWS + KH // 2):
-                    mask = _there(there, top + i * DILATION, H, WHOLE)
+                    mask = _there(there, top + i * DILATION, H, i < KH // 2, ragged or i >= ROWS + KH // 2)
                     row = _row(x_tile + j * DILATION * x_sw, i * DILATION, x_sh, STEP)
                     x = _float32(tl.load(row, mask=mask, other=0.0))
                     for dy in tl.static_range(KH):

@@ -62,7 +62,14 @@ class _Sizes:
         self.programs = triton.cdiv(B * W, self.lanes) * self.strips
         kernel = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation)
         whole = step and dilation == 1 and rows == H
-        self.constants = dict(kernel, STEP=x.stride(1) if step else 0, WHOLE=whole, ROWS=rows, BLOCK_C=block_c)
+        self.constants = dict(
+            kernel,
+            STEP=x.stride(1) if step else 0,
+            WHOLE=whole,
+            FULL=H % (rows * dilation) == 0,
+            ROWS=rows,
+            BLOCK_C=block_c,
+        )
 
 
 def forward_plan(
