@@ -10,7 +10,18 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
-from visionattn.layers import ChannelsLast, add_normalize, channels_last, convolve, normalize, project, transform
+from visionattn.layers import (
+    ChannelsLast,
+    MapSequential,
+    ResidualDepthwiseConv,
+    add_normalize,
+    channels_last,
+    convolve,
+    normalize,
+    project,
+    transform,
+)
+from visionattn.ops import use_backend
 
 X = torch.Size((2, 5, 7, 12))
 
@@ -98,13 +109,13 @@ def test_norms_do_what_the_module_does(name, served):
 SERVED_CONVS = {
     "plain": depthwise,
     "without bias": lambda: depthwise(bias=False),
+    "dilated": lambda: depthwise(dilation=2, padding=2),
     "oblong": lambda: nn.Conv2d(12, 12, (1, 5), padding=(0, 2), groups=12),
 }
 OTHER_CONVS = {
     "identity": nn.Identity,
     "dense": lambda: nn.Conv2d(12, 12, 3, padding=1),
     "grouped": lambda: depthwise(groups=4),
-    "dilated": lambda: depthwise(dilation=2, padding=2),
     "reflecting": lambda: depthwise(padding_mode="reflect"),
     "padded by name": lambda: depthwise(padding="same"),
     "even": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(12, 12, 2, groups=12)),
@@ -216,6 +227,35 @@ def test_mlps_do_what_the_module_does(name, served):
         found.append((out, *torch.autograd.grad(out.sin().sum(), x)))
     assert all(torch.equal(a, e) for a, e in zip(*found, strict=True))
     assert served == (["mlp"] if name in SERVED_MLPS else [])
+
+
+@pytest.mark.parametrize("name", [*SERVED_CONVS, *OTHER_CONVS])
+def test_maps_with_channels_inside_go_to_the_kernels(name, served):
+    pytest.importorskip("triton")
+    conv, x = {**SERVED_CONVS, **OTHER_CONVS}[name](), torch.randn(X).permute(0, 3, 1, 2)
+    row = MapSequential(conv, nn.GELU())
+    expected = nn.Sequential(conv, nn.GELU())(x)
+    assert torch.equal(row(x), expected) and not served  # no kernels on a CPU
+    with use_backend("triton"):
+        assert_close("out", expected, row(x), 1e-6)
+        assert served == (["depthwise_conv"] if name in SERVED_CONVS else [])
+        assert_close("rearranged", expected, row(x.contiguous()), 1e-6)
+    assert len(served) == (name in SERVED_CONVS)
+    if name == "plain":
+        assert torch.equal(torch.jit.script(row)(x), expected)
+        names = [node.target for node in torch.fx.symbolic_trace(row).graph.nodes if node.op == "call_module"]
+        assert names == ["0", "1"]
+
+
+def test_residual_convolution_runs_by_the_kernel():
+    pytest.importorskip("triton")
+    layer, x = ResidualDepthwiseConv(12), torch.randn(X).permute(0, 3, 1, 2)
+    expected = layer(x)
+    with use_backend("triton"):
+        out = layer(x)
+    assert_close("out", expected, out, 1e-6)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.jit.script(layer)(x), expected)
 
 
 class Block(nn.Module):

@@ -1,12 +1,17 @@
 """The re-parameterisable convolution: what must hold for any weights (``tests/models`` compares published ones)."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_close
 from timm.utils import reparameterize_model
 from torch import nn
 
-from visionattn.layers import DilatedReparamConv
+from visionattn.layers import DilatedReparamConv, dilated_reparam
+from visionattn.ops import use_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("side", [5, 7, 9, 11, 13, 15, 17, 19])
@@ -24,6 +29,137 @@ def test_fused_convolution_equals_the_sum(side):
 def test_fused_convolution_of_a_frozen_layer_is_frozen():
     layer = DilatedReparamConv(3, 5).requires_grad_(False)
     assert not any(p.requires_grad for p in layer.fuse().parameters())
+
+
+# all branches at once, where there are kernels
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """One entry for every sum that was computed at once."""
+    pytest.importorskip("triton")
+    calls, run = [], dilated_reparam.branch_sum
+    monkeypatch.setattr(dilated_reparam, "branch_sum", lambda *args: calls.append(args) or run(*args))
+    return calls
+
+
+def prepared(side, C=5, size=(2, 6, 4), dtype=torch.float32):
+    """A layer whose norms are not the identity, and a map that is not centred, channels innermost."""
+    layer = DilatedReparamConv(C, side).to(DEVICE)
+    for branch in (layer.large, *layer.dilated.values()):
+        for tensor in (branch[1].weight, branch[1].bias, branch[1].running_mean):
+            nn.init.normal_(tensor, 0.5)
+        nn.init.uniform_(branch[1].running_var, 0.5, 1.5)
+    x = torch.randn(size[0], *size[1:], C, device=DEVICE).add(1.0).to(dtype)
+    return layer, x.permute(0, 3, 1, 2)
+
+
+def trained(layer, x, backend):
+    """Output, gradients and running statistics of one step."""
+    x = x.detach().requires_grad_()
+    wanted = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+    with use_backend(backend):
+        out = layer(x)
+        grads = torch.autograd.grad(out.double().sin().sum(), wanted.values())
+    return {"out": out, **dict(zip(wanted, grads, strict=True)), **dict(layer.named_buffers())}
+
+
+def compare(layer, x, relative):
+    other = copy.deepcopy(layer).double()
+    for _ in range(2):
+        expected, actual = trained(other, x.double(), "eager"), trained(layer, x, "triton")
+        for name, value in expected.items():
+            if name.endswith("num_batches_tracked"):
+                assert torch.equal(actual[name], value)
+            else:
+                assert_close(name, value, actual[name], relative)
+    assert actual["out"].dtype == x.dtype
+
+
+@pytest.mark.parametrize("side", [5, pytest.param(9, marks=pytest.mark.slow)])
+def test_branches_at_once_equal_the_modules(side, together):
+    compare(*prepared(side), 2e-5)
+    assert len(together) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too much for the interpreter")
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("side, C, size", [(17, 64, (4, 56, 56)), (15, 112, (3, 28, 28)), (13, 256, (8, 14, 14))])
+def test_branches_at_once_at_full_size(side, C, size, dtype, relative, together):
+    compare(*prepared(side, C, size, dtype), relative)
+    assert len(together) == 2
+
+
+def test_no_map_but_the_input_is_kept(together):
+    layer, x = prepared(5)
+    kept = []
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        layer(x.requires_grad_())
+    assert len(together) == 1
+    assert [y.shape for y in kept if y.numel() >= x.numel()] == [x.permute(0, 2, 3, 1).shape]
+
+
+def test_half_precision_under_autocast(together):
+    layer, x = prepared(5)
+    other = copy.deepcopy(layer).double()
+    with torch.autocast(DEVICE, torch.float16), use_backend("triton"):
+        out = layer(x)
+        grads = torch.autograd.grad(out.float().sin().sum(), list(layer.parameters()))
+    assert out.dtype == torch.float16 and len(together) == 1
+    expected = trained(other, x.double(), "eager")
+    assert_close("out", expected["out"], out, 2e-3)
+    for (name, parameter), grad in zip(layer.named_parameters(), grads, strict=True):
+        assert grad.dtype == parameter.dtype
+        assert_close(name, expected[name], grad, 1e-2)
+
+
+def test_frozen_kernels_get_no_gradient(together):
+    layer, x = prepared(5)
+    for branch in (layer.large, *layer.dilated.values()):
+        branch[0].requires_grad_(False)
+    compare(layer, x, 2e-5)
+    assert len(together) == 2
+
+
+def first_norm(change):
+    def apply(layer):
+        change(layer.large[1])
+
+    return apply
+
+
+APART = {
+    "evaluation": lambda layer: layer.eval(),
+    "frozen norm": first_norm(lambda norm: norm.eval()),
+    "cumulative average": first_norm(lambda norm: setattr(norm, "momentum", None)),
+    "other momentum": first_norm(lambda norm: setattr(norm, "momentum", 0.3)),
+    "hook": first_norm(lambda norm: norm.register_forward_hook(lambda module, args, out: 2 * out)),
+    "no norm": lambda layer: layer.large.__setitem__(1, nn.Identity()),
+    "replaced": lambda layer: setattr(layer, "large", nn.Sequential(*layer.large)),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_modules_are_called_where_they_do_something_else(name, together):
+    layer, x = prepared(5)
+    APART[name](layer)
+    compare(layer, x, 2e-5)
+    assert not together
+
+
+def test_statistics_of_several_devices_are_left_to_their_norm():
+    layer, x = prepared(5)
+    with use_backend("triton"):
+        assert dilated_reparam._at_once([layer.large], x)
+        layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+        assert not dilated_reparam._at_once([layer.large], x)
+
+
+def test_a_single_pixel_is_refused_as_by_the_norm(together):
+    layer, x = prepared(5, size=(1, 1, 1))
+    with use_backend("triton"), pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x)
+    assert not together
 
 
 @pytest.mark.parametrize("side", [1, 3, 6, 12, 21])

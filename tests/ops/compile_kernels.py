@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from visionattn.ops.depthwise import launch as depthwise
+from visionattn.ops.depthwise import launch_large
 from visionattn.ops.linear import launch as linear
 from visionattn.ops.neighborhood import launch as neighborhood
 from visionattn.ops.neighborhood import launch_sum as neighborhood_sum
@@ -142,6 +143,19 @@ def neighborhood_sums():
         neighborhood_sum.backward(out, None, logits, value, bias, out, lse, kernels, softmax)
 
 
+def large_convolutions():
+    """Merged and dilated convolutions as OverLoCK has them, and one of a map whose row strides are not known."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [(56, 64, 17, 1, bf16), (14, 256, 13, 1, bf16), (56, 64, 3, 7, fp32), (30, 112, 19, 1, torch.float16)]
+    for side, C, kernel, dilation, dtype in cases:
+        x, weight = torch.empty(2, side, side, C, dtype=dtype), torch.empty(C, 1, kernel, kernel)
+        launch_large.SIZES = 0 if side == 30 else 64
+        out = depthwise.forward(x, weight, torch.empty(C), None, dilation=dilation)
+        depthwise.forward(out, weight, None, out, flip=True, dilation=dilation)
+        depthwise.weight_grad(out, x, weight, None, dilation)
+        launch_large.statistics(x, weight, depthwise.arrange(weight), dilation)
+
+
 def run(capability):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
@@ -155,6 +169,7 @@ def run(capability):
     depthwise_convolutions()
     linear_layers()
     neighborhood_sums()
+    large_convolutions()
 
 
 run(int(sys.argv[1]))

@@ -25,10 +25,20 @@ CASES = dict(
     large_kernel=dict(size=(1, 9, 6), C=8, kernel=(7, 7)),
     pointwise=dict(size=(3, 5, 4), C=33, kernel=(1, 1)),
 )
+# the same of kernels with a loop over their columns, where a map may be smaller than the kernel
+LARGE = dict(
+    whole_map=dict(size=(2, 5, 4), C=10, kernel=(7, 9)),
+    strips=dict(size=(1, 30, 3), C=5, kernel=(7, 3)),
+    dilated=dict(size=(2, 7, 5), C=33, kernel=(3, 3), dilation=2),
+    dilated_strips=dict(size=(1, 35, 2), C=5, kernel=(5, 3), dilation=2),
+    beyond_the_map=dict(size=(1, 6, 9), C=3, kernel=(3, 5), dilation=7),
+    several_slices=dict(size=(1, 2, 3), C=80, kernel=(1, 7)),
+    largest=dict(size=(1, 4, 5), C=1, kernel=(19, 19)),
+)
 TERMS = {"bias and residual": (True, "other"), "bare": (False, None), "on itself": (True, "x")}
 
 
-def by_hand(x, weight, bias=None, residual=None):
+def by_hand(x, weight, bias=None, residual=None, dilation=1):
     """Pixel by pixel."""
     H, W, kh, kw = *x.shape[1:3], *weight.shape[2:]
     out = torch.zeros_like(x) if residual is None else residual.clone()
@@ -36,7 +46,7 @@ def by_hand(x, weight, bias=None, residual=None):
         for z in range(W):
             for i in range(kh):
                 for j in range(kw):
-                    row, column = y + i - kh // 2, z + j - kw // 2
+                    row, column = y + (i - kh // 2) * dilation, z + (j - kw // 2) * dilation
                     if 0 <= row < H and 0 <= column < W:
                         out[:, y, z] += x[:, row, column] * weight[:, 0, i, j]
     return out if bias is None else out + bias
@@ -66,7 +76,7 @@ def results(case, dtype, kind, backend, terms=(True, "other"), layout="slice"):
     residual = {"other": residual, "x": x, None: None}[terms[1]]
     leaves = [leaves[0], weight] + [bias] * terms[0] + [leaves[3]] * (terms[1] == "other")
     with use_backend(backend):
-        out = depthwise_conv(x, weight, bias if terms[0] else None, residual)
+        out = depthwise_conv(x, weight, bias if terms[0] else None, residual, case.get("dilation", 1))
         grads = torch.autograd.grad(out.double().sin().sum(), leaves)
     return dict(zip(("out", *(f"grad {i}" for i in range(len(grads)))), (out, *grads), strict=True))
 
@@ -79,18 +89,57 @@ def compare(case, dtype, **kwargs):
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
-@pytest.mark.parametrize("name", ["odd", "one_row"])
-def test_equals_a_loop_over_pixels(name, backend):
-    _, x, weight, bias, residual = given(CASES[name], torch.float32, torch.float32)
+@pytest.mark.parametrize("case", [CASES["odd"], CASES["one_row"], LARGE["dilated"]])
+def test_equals_a_loop_over_pixels(case, backend):
+    _, x, weight, bias, residual = given(case, torch.float32, torch.float32)
+    d = case.get("dilation", 1)
     with use_backend(backend):
-        assert_close("all", by_hand(x, weight, bias, residual), depthwise_conv(x, weight, bias, residual), 1e-6)
-        assert_close("bare", by_hand(x, weight), depthwise_conv(x, weight), 1e-6)
+        assert_close("all", by_hand(x, weight, bias, residual, d), depthwise_conv(x, weight, bias, residual, d), 1e-6)
+        assert_close("bare", by_hand(x, weight, dilation=d), depthwise_conv(x, weight, dilation=d), 1e-6)
 
 
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_float64(name, terms):
     compare(CASES[name], torch.float32, terms=TERMS[terms])
+
+
+@pytest.mark.parametrize("sizes", [64, 0])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_kernels_equal_float64(name, sizes, monkeypatch):
+    from visionattn.ops.depthwise import launch, launch_large
+
+    for plans in ("_forward", "_weight_grad"):
+        monkeypatch.setattr(launch, plans, launch.Plans())
+    monkeypatch.setattr(launch_large, "_sizes", set())
+    monkeypatch.setattr(launch_large, "SIZES", sizes)
+    monkeypatch.setattr(launch_large, "PROGRAMS", 9)
+    compare(LARGE[name], torch.float32, terms=TERMS["bare" if sizes else "bias and residual"])
+    assert len(launch_large._sizes) == (3 if sizes else 0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too much for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF[-1]])
+@pytest.mark.parametrize(
+    "side, C, kernel, dilation",
+    [
+        (56, 64, 17, 1),
+        (56, 64, 9, 2),
+        (56, 64, 3, 7),
+        (28, 112, 15, 1),
+        (14, 256, 13, 1),
+        (14, 256, 3, 5),
+        (7, 80, 7, 1),
+        (33, 40, 19, 1),
+    ],
+)
+def test_large_kernels_at_full_size(side, C, kernel, dilation, dtype):
+    compare(dict(size=(5, side, side), C=C, kernel=(kernel, kernel), dilation=dilation), dtype)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_first"])
+def test_any_strides_go_into_large_kernels(layout):
+    compare(LARGE["dilated"], HALF[0], layout=layout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_first"])
@@ -112,9 +161,9 @@ def test_more_tiles_than_programs(monkeypatch):
     compare(dict(size=(3, 9, 21), C=70, kernel=(3, 3)), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["odd", "several_slices"])
-def test_two_runs_are_equal(name):
-    first, second = (results(CASES[name], torch.float32, torch.float32, "triton") for _ in range(2))
+@pytest.mark.parametrize("case", [CASES["odd"], CASES["several_slices"], LARGE["dilated"]])
+def test_two_runs_are_equal(case):
+    first, second = (results(case, torch.float32, torch.float32, "triton") for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -196,6 +245,7 @@ def test_operators_pass_opcheck(variant, backend):
     x, weight, bias, residual = arguments(**VARIANTS[variant])
     with use_backend(backend):
         torch.library.opcheck(OPS.depthwise_conv.default, (x, weight, bias, residual))
+        torch.library.opcheck(OPS.depthwise_conv.default, (x, weight, bias, residual, 2), test_utils="test_schema")
         x, weight, bias = (None if y is None else y.detach() for y in (x, weight, bias))
         torch.library.opcheck(OPS.depthwise_conv_input_grad.default, (torch.randn_like(x), weight, bias is None))
         torch.library.opcheck(OPS.depthwise_conv_weight_grad.default, (torch.randn_like(x), x, weight, bias))
@@ -204,14 +254,16 @@ def test_operators_pass_opcheck(variant, backend):
 def test_operator_passes_gradcheck():
     x, weight, bias, residual = arguments(grad=True, dtype=torch.float64)
     assert torch.autograd.gradcheck(OPS.depthwise_conv.default, (x, weight, bias, residual))
+    assert torch.autograd.gradcheck(OPS.depthwise_conv.default, (x, weight, bias, residual, 2))
     assert torch.autograd.gradcheck(lambda x: OPS.depthwise_conv.default(x, weight, None, x), x)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_operator_and_short_way_give_the_same(backend):
+def test_operator_and_short_way_give_the_same(backend, dilation):
     given = arguments(grad=True)
     with use_backend(backend):
-        ways = [function(*given) for function in (depthwise_conv, OPS.depthwise_conv.default)]
+        ways = [function(*given, dilation) for function in (depthwise_conv, OPS.depthwise_conv.default)]
         grads = [torch.autograd.grad(out.sin().sum(), given) for out in ways]
     for e, a in zip((ways[0], *grads[0]), (ways[1], *grads[1]), strict=True):
         assert_close("result", e, a, 1e-6)
@@ -250,7 +302,7 @@ def test_what_no_kernel_serves_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(eager, "direct", lambda *args: calls.append(args) or run(*args))
     x = torch.randn(1, 4, 5, 6, device=DEVICE)
     with use_backend("triton"):
-        wide = torch.randn(6, 1, 9, 1, device=DEVICE)
+        wide = torch.randn(6, 1, 21, 1, device=DEVICE)
         assert_close("wide", by_hand(x, wide), depthwise_conv(x, wide), 1e-6)
         weight = torch.randn(6, 1, 3, 3, device=DEVICE)
         assert_close("double", by_hand(x, weight).double(), depthwise_conv(x.double(), weight.double()), 1e-6)
@@ -267,6 +319,7 @@ WRONG = {
     "channels": (lambda x, w: depthwise_conv(x, w[:3]), r"got \(1, 4, 5, 6\) and \(3, 1, 3, 3\)"),
     "even": (lambda x, w: depthwise_conv(x, w[:, :, :2]), r"odd sides, got 2 x 3"),
     "bias": (lambda x, w: depthwise_conv(x, w, torch.zeros(1)), r"bias \[6\], got \(1,\)"),
+    "dilation": (lambda x, w: depthwise_conv(x, w, dilation=0), "at least 1, got 0"),
     "residual": (lambda x, w: depthwise_conv(x, w, None, x[:, :1]), r"shape of x, got \(1, 1, 5, 6\)"),
 }
 

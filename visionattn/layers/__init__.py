@@ -1,6 +1,15 @@
 """Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
-from visionattn.layers.channels_last import ChannelsLast, add_normalize, convolve, normalize, project, transform
+from visionattn.layers.channels_last import (
+    ChannelsLast,
+    MapSequential,
+    add_normalize,
+    convolve,
+    convolve_map,
+    normalize,
+    project,
+    transform,
+)
 from visionattn.layers.context_mixing import ContextMixing
 from visionattn.layers.deformable_patches import DeformablePatches
 from visionattn.layers.dilated_reparam import DilatedReparamConv
@@ -19,12 +28,14 @@ __all__ = [
     "DeformablePatches",
     "DilatedReparamConv",
     "HiLoAttention",
+    "MapSequential",
     "NeighborhoodAttention",
     "ResidualDepthwiseConv",
     "RoutingAttention",
     "WindowAttention",
     "add_normalize",
     "convolve",
+    "convolve_map",
     "multi_head_attention",
     "normalize",
     "project",

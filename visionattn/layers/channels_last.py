@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm, linear, mlp
+from visionattn.ops._dispatch import use_triton
 
 
 def _unhooked(module: nn.Module) -> bool:
@@ -28,7 +29,7 @@ def _unhooked(module: nn.Module) -> bool:
     )
 
 
-def _bare(module: nn.Module, x: Tensor) -> bool:
+def bare(module: nn.Module, x: Tensor) -> bool:
     """Whether calling ``module`` would run its ``forward`` and nothing else, on an ordinary tensor."""
     return type(x) is Tensor and _unhooked(module) and not _has_any_global_hook()
 
@@ -40,20 +41,21 @@ def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
         and not getattr(module, "_fast_norm", False)  # asks for other numbers
         and module.bias is not None
         and len(module.normalized_shape) == 1
-        and _bare(module, x)
+        and bare(module, x)
     )
 
 
 def is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Whether calling ``module`` is a depthwise convolution that keeps the size, for ``x [B, H, W, C]`` as any."""
+    """Whether calling ``module`` on ``x`` would do what ``visionattn.ops.depthwise_conv`` does with its parameters."""
     return (
         type(module) is nn.Conv2d
         and module.groups == module.in_channels == module.out_channels
-        and module.stride == module.dilation == (1, 1)
+        and module.stride == (1, 1)
+        and module.dilation[0] == module.dilation[1]
         and module.padding_mode == "zeros"
-        and module.padding == (module.kernel_size[0] // 2, module.kernel_size[1] // 2)
+        and module.padding == tuple(side // 2 * module.dilation[0] for side in module.kernel_size)
         and module.kernel_size[0] % 2 == module.kernel_size[1] % 2 == 1
-        and _bare(module, x)
+        and bare(module, x)
     )
 
 
@@ -62,7 +64,7 @@ _MLP_PARTS = dict(fc1=nn.Linear, act=nn.GELU, drop1=nn.Dropout, norm=nn.Identity
 
 def _is_mlp(module: nn.Module, x: Tensor) -> TypeGuard[timm.layers.Mlp]:
     """Whether it is timm's MLP with the exact GELU and nothing else between and behind its layers."""
-    if type(module) is not timm.layers.Mlp or not _bare(module, x) or len(module._modules) != len(_MLP_PARTS):
+    if type(module) is not timm.layers.Mlp or not bare(module, x) or len(module._modules) != len(_MLP_PARTS):
         return False
     for name, part in module._modules.items():
         if part is None or type(part) is not _MLP_PARTS.get(name) or not _unhooked(part):
@@ -116,8 +118,43 @@ def convolve(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
         ``[B, H, W, C]``.
     """
     if is_depthwise(conv, x):
-        return depthwise_conv(x, conv.weight, conv.bias, residual)
+        return depthwise_conv(x, conv.weight, conv.bias, residual, conv.dilation[0])
     return residual + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def channels_innermost(x: Tensor) -> bool:
+    """Whether ``x`` is a map ``[B, C, H, W]`` whose channels lie side by side, where kernels for those run."""
+    return type(x) is Tensor and x.dim() == 4 and use_triton(x) and x.stride(1) == 1
+
+
+def convolve_map(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``, by our kernel if it is a depthwise convolution and the channels of ``x`` lie side by side on a GPU.
+
+    Args:
+        conv: Any module.
+        x: What it takes, ``[B, C, H, W]`` for a convolution.
+
+    Returns:
+        What the module gives.
+    """
+    if channels_innermost(x) and is_depthwise(conv, x):
+        x = x.permute(0, 2, 3, 1)
+        return depthwise_conv(x, conv.weight, conv.bias, None, conv.dilation[0]).permute(0, 3, 1, 2)
+    return conv(x)
+
+
+class MapSequential(nn.Sequential):
+    """Modules in a row, of which depthwise convolutions run by our kernels, see ``convolve_map``.
+
+    Shape:
+        x: ``[B, C, H, W]``.
+        returns: What the last module gives.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x) if torch.jit.is_scripting() else convolve_map(module, x)
+        return x
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -130,7 +167,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         What the module gives, for a linear layer ``[..., D]``.
     """
-    if type(layer) is nn.Linear and _bare(layer, x):
+    if type(layer) is nn.Linear and bare(layer, x):
         return linear(x, layer.weight, layer.bias)
     return layer(x)
 

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn.layers.channels_last import MapSequential, bare, channels_innermost, is_depthwise
+from visionattn.ops.depthwise.branches import branch_sum, serves
+
 # side and dilation of the convolutions beside the large one, by the side of that
 _BRANCHES = {
     5: ((3, 1), (3, 2)),
@@ -23,10 +26,57 @@ def _conv_norm(
 ) -> nn.Sequential:
     """Depthwise convolution that keeps the size of the map, then batch norm."""
     padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
+    return MapSequential(
         nn.Conv2d(dim, dim, kernel_size, 1, padding, dilation, groups=dim, bias=False, device=device, dtype=dtype),
         nn.BatchNorm2d(dim, device=device, dtype=dtype),
     )
+
+
+def _learns(branch: Any, x: Tensor) -> bool:
+    """Whether a branch is an ordinary convolution and a batch norm that takes and keeps the statistics of ``x``."""
+    if type(branch) is not MapSequential or len(branch) != 2 or not bare(branch, x):
+        return False
+    conv, norm = branch
+    return (
+        is_depthwise(conv, x)
+        and conv.bias is None
+        and type(norm) is nn.BatchNorm2d
+        and bare(norm, x)
+        and norm.training
+        and norm.affine
+        and norm.running_mean is not None
+        and norm.momentum is not None
+    )
+
+
+def _at_once(branches: list[Any], x: Tensor) -> bool:
+    """Whether there is a way to compute all branches on ``x`` together."""
+    if not channels_innermost(x) or not all(_learns(branch, x) for branch in branches):
+        return False
+    if len({(branch[1].momentum, branch[1].running_mean.dtype) for branch in branches}) > 1:
+        return False
+    return serves(x.permute(0, 2, 3, 1), [branch[0].weight for branch in branches])
+
+
+def _normalized_sum(branches: list[Any], x: Tensor) -> Tensor:
+    """What the branches give in training, their running statistics brought up to date as ``nn.BatchNorm2d`` does."""
+    convs, norms = [branch[0] for branch in branches], [branch[1] for branch in branches]
+    out, mean, variance = branch_sum(
+        x.permute(0, 2, 3, 1),
+        [conv.weight for conv in convs],
+        [conv.dilation[0] for conv in convs],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [norm.eps for norm in norms],
+    )
+    with torch.no_grad():
+        count = x.numel() // x.shape[1]
+        dtype, momentum = norms[0].running_mean.dtype, norms[0].momentum
+        found = *mean.to(dtype).unbind(), *(variance * (count / (count - 1))).to(dtype).unbind()
+        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        torch._foreach_lerp_(running, found, momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    return out.permute(0, 3, 1, 2)
 
 
 class DilatedReparamConv(nn.Module):
@@ -63,6 +113,10 @@ class DilatedReparamConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            branches = [self.large, *self.dilated.values()]
+            if self.training and _at_once(branches, x):
+                return _normalized_sum(branches, x)
         out = self.large(x)
         for branch in self.dilated.values():
             out = out + branch(x)

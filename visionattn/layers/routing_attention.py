@@ -96,8 +96,8 @@ class RoutingAttention(nn.Module):
     @torch.jit.unused
     def _enhanced(self, qkv: Tensor, index: Tensor, region: tuple[int, int]) -> Tensor:
         """Attention and the local enhancement of the values."""
-        if is_depthwise(self.lepe, qkv):
-            lepe = self.lepe
+        lepe = self.lepe
+        if is_depthwise(lepe, qkv) and lepe.dilation == (1, 1):
             out = packed_attention(qkv, index, lepe.weight, lepe.bias, self.num_heads, region, self.scale)
             if out is not None:
                 return out

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.ops import crop, join_windows, pad_to_multiple, split_windows
+from visionattn.layers.channels_last import channels_innermost
+from visionattn.ops import crop, depthwise_conv, join_windows, pad_to_multiple, split_windows
 
 
 def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -87,4 +88,8 @@ class ResidualDepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - what TorchScript must not see has to be a block of its own
+            if channels_innermost(x):
+                x = x.permute(0, 2, 3, 1)
+                return depthwise_conv(x, self.weight, self.bias, x).permute(0, 3, 1, 2)
         return x + F.conv2d(x, self.weight, self.bias, padding=1, groups=self.groups)

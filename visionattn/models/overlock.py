@@ -21,7 +21,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from visionattn.layers import ContextMixing, DilatedReparamConv, ResidualDepthwiseConv
+from visionattn.layers import ChannelsLast, ContextMixing, DilatedReparamConv, MapSequential, ResidualDepthwiseConv
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_image
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
@@ -79,7 +79,7 @@ class RepConvBlock(nn.Module):
         super().__init__()
         self.dwconv = ResidualDepthwiseConv(dim, **dd)
         self.ls = ChannelAffine(dim, **dd) if scaled else nn.Identity()
-        self.branch = nn.Sequential(
+        self.branch = MapSequential(
             LayerNorm2d(dim, eps=1e-6, **dd),
             DilatedReparamConv(dim, kernel_size, **dd),
             nn.BatchNorm2d(dim, **dd),
@@ -133,7 +133,7 @@ class DynamicConvBlock(nn.Module):
         self.prior_scale = None if first else ChannelAffine(context_dim, **dd)
         self.dwconv1 = ResidualDepthwiseConv(both, **dd)
         self.norm1 = LayerNorm2d(both, eps=1e-6, **dd)
-        self.fusion = nn.Sequential(
+        self.fusion = MapSequential(
             nn.Conv2d(both, both, 3, padding=1, groups=both, **dd),
             nn.BatchNorm2d(both, **dd),
             nn.GELU(),
@@ -141,7 +141,7 @@ class DynamicConvBlock(nn.Module):
             GlobalResponseNorm(dim, channels_last=False, **dd),
         )
         self.gate = nn.Sequential(*conv_norm(dim, dim, **dd), nn.SiLU())
-        self.lepe = nn.Sequential(DilatedReparamConv(dim, kernel_size, **dd), nn.BatchNorm2d(dim, **dd))
+        self.lepe = MapSequential(DilatedReparamConv(dim, kernel_size, **dd), nn.BatchNorm2d(dim, **dd))
         self.mix = ContextMixing(dim, context_dim, num_heads, kernel_size, small_kernel, **dd)
         self.mix_proj = conv_norm(dim, dim, **dd)
         self.se = squeeze_excite(dim, **dd)
@@ -421,9 +421,9 @@ class OverLoCK(PyramidBackbone):
         return self.forward_head(maps[0])
 
 
-def conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
+def conv_stem(in_chans: int, dim: int, **dd: Any) -> ChannelsLast:
     """Four convolutions to stride 4."""
-    return nn.Sequential(
+    return ChannelsLast(
         *conv_norm(in_chans, dim // 2, 3, 2, **dd),
         nn.GELU(),
         *conv_norm(dim // 2, dim // 2, 3, **dd),

@@ -129,6 +129,7 @@ def sum_programs(partial: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     launch = _sums.get(key)
     if launch is None:
         constants = dict(TAPS=rows - 1, BIAS=bias is not None, BLOCK_N=128, BLOCK_C=32)
-        launch = _sums.keep(key, Launch(kernels_sums.sum_kernel, (rows, triton.cdiv(C, 32)), (programs, C), constants))
+        grid = rows - (bias is None), triton.cdiv(C, 32)  # without a bias nobody may have written its row
+        launch = _sums.keep(key, Launch(kernels_sums.sum_kernel, grid, (programs, C), constants))
     launch(partial, dweight, dweight if dbias is None else dbias)
     return dweight, dbias

@@ -31,7 +31,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(f"depthwise_conv wants all tensors on one device, got {sorted(map(str, devices))}")
 
 
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, dilation: int = 1
+) -> Tensor:
     """Depthwise convolution of a channels-last map with zero padding, plus a bias and a residual.
 
     Args:
@@ -40,20 +42,23 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, residu
             than that of ``x`` where a kernel runs.
         bias: ``[C]``.
         residual: Added to the result, shape of ``x``, any strides; it may be ``x`` itself.
+        dilation: Distance of the kernel's values on the map, in both directions.
 
     Returns:
         ``[B, H, W, C]`` in the dtype of ``x`` (under autocast its dtype), promoted with that of the residual. The
-        kernels (float32, float16 and bfloat16 on a GPU, sides up to 7) sum in float32, round once and give a contiguous
-        map.
+        kernels (float32, float16 and bfloat16 on a GPU, sides up to 19) sum in float32, round once and give a
+        contiguous map.
 
     Raises:
-        ValueError: Shapes that do not fit together, or an even side of the kernel.
+        ValueError: Shapes that do not fit together, or an even side of the kernel, or a dilation below 1.
     """
     if torch.compiler.is_compiling():
         if not use_reference() and use_triton(x) and eager.serves(x, weight, bias, residual):
-            return torch.ops.visionattn.depthwise_conv(x.to(autocast_dtype(x)), weight, bias, residual)
-        return reference.depthwise_conv(x, weight, bias, residual)
+            return torch.ops.visionattn.depthwise_conv(x.to(autocast_dtype(x)), weight, bias, residual, dilation)
+        return reference.depthwise_conv(x, weight, bias, residual, dilation)
     _check(x, weight, bias, residual)
+    if dilation < 1:
+        raise ValueError(f"depthwise_conv wants a dilation of at least 1, got {dilation}")
     if launches(x) and eager.serves(x, weight, bias, residual) and x.numel() > 0:
-        return eager.direct(x.to(autocast_dtype(x)), weight, bias, residual)
-    return reference.depthwise_conv(x, weight, bias, residual)
+        return eager.direct(x.to(autocast_dtype(x)), weight, bias, residual, dilation)
+    return reference.depthwise_conv(x, weight, bias, residual, dilation)

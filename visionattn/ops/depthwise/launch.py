@@ -1,11 +1,15 @@
-"""Launching the Triton kernels of depthwise convolution: tile sizes and how the work is dealt out."""
+"""Launching the Triton kernels of depthwise convolution: tile sizes and how the work is dealt out.
+
+Kernels up to 5 x 5 without dilation are unrolled; others are those of ``launch_large.py``.
+"""
 
 import torch
 import triton
 from torch import Tensor
 
 from visionattn.ops._launch import Launch, Plans, layout, sum_programs
-from visionattn.ops.depthwise import kernels_depthwise
+from visionattn.ops.depthwise import kernels_depthwise, launch_large
+from visionattn.ops.depthwise.launch_large import channels_inside
 
 ROWS = 4  # of a tile: more would take registers from other programs
 PROGRAMS = 396  # of the weight gradient at most, all slices together: three for each of 132 processors
@@ -13,9 +17,8 @@ PROGRAMS = 396  # of the weight gradient at most, all slices together: three for
 _arrange, _forward, _weight_grad = Plans(), Plans(), Plans()
 
 
-def _map(x: Tensor) -> Tensor:
-    """``x`` itself where channels lie side by side, else a copy."""
-    return x if x.stride(3) == 1 else x.contiguous()
+def _unrolled(weight: Tensor, dilation: int) -> bool:
+    return dilation == 1 and max(weight.shape[2:]) <= 5
 
 
 def _tile(C: int, values: int) -> dict[str, int]:
@@ -53,7 +56,9 @@ def arrange(weight: Tensor) -> Tensor:
     return arranged
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool, distance: int) -> Launch:
+def _plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool, distance: int, _: int
+) -> Launch:
     sizes = _Sizes(x, x if residual is None else residual, weight, 1024)
     constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
     constants["out_sw"] = distance
@@ -68,6 +73,7 @@ def forward(
     flip: bool = False,
     arranged: Tensor | None = None,
     out: Tensor | None = None,
+    dilation: int = 1,
 ) -> Tensor:
     """``visionattn::depthwise_conv`` on the device.
 
@@ -79,14 +85,15 @@ def forward(
         flip: Convolve with the kernel turned around.
         arranged: ``arrange(weight)``, if it is there already.
         out: Where the result goes, ``residual`` itself or a tensor that no argument shares; pixels equally far apart.
+        dilation: Distance of the kernel's values on the map.
 
     Returns:
         ``[B, H, W, C]``, contiguous without ``out``.
     """
-    x = _map(x)
+    x = channels_inside(x)
     dtype = x.dtype
     if residual is not None:
-        residual = _map(residual)
+        residual = channels_inside(residual)
         dtype = torch.promote_types(dtype, residual.dtype)
     distance = x.shape[3]
     if out is None:
@@ -94,19 +101,28 @@ def forward(
     else:
         distance = out.stride(2)
     kind = None if bias is None else bias.dtype
-    key = layout(x), weight.shape, kind, None if residual is None else layout(residual), flip, distance, out.dtype
-    launch = _forward.get(key) or _forward.keep(key, _plan(x, weight, bias, residual, flip, distance))
+    like = None if residual is None else layout(residual)
+    key = layout(x), weight.shape, kind, like, flip, dilation, distance, out.dtype
+    launch = _forward.get(key)
+    if launch is None:
+        plan = _plan if _unrolled(weight, dilation) else launch_large.forward_plan
+        launch = _forward.keep(key, plan(x, weight, bias, residual, flip, distance, dilation))
     arranged = arrange(weight) if arranged is None else arranged
     launch(x, arranged, arranged if bias is None else bias.contiguous(), x if residual is None else residual, out)
     return out
 
 
-def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of the weight, and of the bias if there is one, from that of the result."""
-    grad, x = _map(grad), _map(x)
-    key = layout(grad), layout(x), weight.shape
+    grad, x = channels_inside(grad), channels_inside(x)
+    key = layout(grad), layout(x), weight.shape, bias is None, dilation
     launch, programs = _weight_grad.get(key) or (None, 0)
-    if launch is None:
+    if launch is None and not _unrolled(weight, dilation):
+        launch, programs = launch_large.weight_grad_plan(grad, x, weight, bias, dilation)
+        _weight_grad.keep(key, (launch, programs))
+    elif launch is None:
         sizes = _Sizes(x, grad, weight, 512)
         programs = min(sizes.tiles, max(1, PROGRAMS // sizes.slices))
         grid, integers = (programs * sizes.slices,), (*sizes.integers, sizes.tiles)

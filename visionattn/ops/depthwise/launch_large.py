@@ -1,0 +1,137 @@
+"""How the work of large and dilated depthwise convolutions is dealt out to the Triton kernels."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops.depthwise import kernels_large
+
+WARPS = 4  # of a program
+VALUES = 64  # of its tile in one row for each of them: two for a thread
+WHOLE = 28  # rows of a map at most that one program takes alone
+ROWS = (16, 14, 12, 10)  # of a program's tile else
+SUMS = 38  # of one channel in a thread of the weight gradient
+PROGRAMS = 792  # of the weight gradient, all slices together: six for each of 132 processors
+PARTIAL = 32 << 20  # bytes of their sums
+SIZES = 64  # of maps that kernels are compiled for
+
+_sizes: set[tuple[Any, ...]] = set()
+_statistics = Plans()
+
+
+def channels_inside(x: Tensor) -> Tensor:
+    """``x`` itself where channels lie side by side, else a copy."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _compiled_for(*maps: Tensor) -> bool:
+    """Whether the kernels may know row strides beforehand: for the first sizes of maps that come, since more than a few
+    would cost more time to compile than they save. The numbers are the same.
+    """
+    size = tuple((x.shape[1:], x.stride()[1:]) for x in maps)
+    if size not in _sizes and len(_sizes) < SIZES:
+        _sizes.add(size)
+    return size in _sizes
+
+
+def _rows(height: int, dilation: int) -> int:
+    """Rows of a tile: few beyond the end of the map, and not many different numbers."""
+    rows = triton.cdiv(height, dilation)
+    if rows <= (WHOLE if dilation == 1 else ROWS[0]):
+        return rows
+    return min(ROWS, key=lambda count: triton.cdiv(rows, count) * count)
+
+
+def _channels(C: int) -> int:
+    """Channels of a tile: as many as can be with few beyond the last."""
+    return min((64, 32, 16), key=lambda block: triton.cdiv(C, block) * block)
+
+
+class _Sizes:
+    """What both kernels are told about a map ``[B, H, W, C]`` and the division into tiles."""
+
+    def __init__(self, x: Tensor, weight: Tensor, dilation: int, step: bool):
+        B, H, W, C = x.shape
+        rows, block_c = _rows(H, dilation), _channels(C)
+        strips, self.slices = triton.cdiv(triton.cdiv(H, dilation), rows), triton.cdiv(C, block_c)
+        self.strips, self.integers = strips * dilation, (B, H, W, strips)
+        self.lanes = VALUES * WARPS // block_c
+        self.programs = triton.cdiv(B * W, self.lanes) * self.strips
+        kernel = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation)
+        whole = step and dilation == 1 and rows == H
+        self.constants = dict(
+            kernel,
+            STEP=x.stride(1) if step else 0,
+            WHOLE=whole,
+            FULL=H % (rows * dilation) == 0,
+            ROWS=rows,
+            BLOCK_C=block_c,
+        )
+
+
+def forward_plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    flip: bool,
+    distance: int,
+    dilation: int,
+    statistics: bool = False,
+) -> Launch:
+    """The launch of a convolution, see ``launch.forward``; with ``statistics`` of one whose sums alone are wanted.
+
+    Pixels of the result are ``distance`` values apart.
+    """
+    sizes = _Sizes(x, weight, dilation, _compiled_for(x))
+    other = x if residual is None else residual
+    integers = *x.stride()[:2], *other.stride()[:3], *sizes.integers
+    constants = dict(sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
+    constants.update(BLOCK_P=sizes.lanes, STATISTICS=statistics, out_sw=distance)
+    grid = (sizes.programs * sizes.slices,)
+    return Launch(kernels_large.large_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
+
+
+def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> tuple[Launch, int]:
+    """The launch of a weight's gradient, see ``launch.weight_grad``, and how many sums it leaves of every value."""
+    step = _compiled_for(x, grad)
+    sizes = _Sizes(x, weight, dilation, step)
+    kh, kw = weight.shape[2:]
+    blocks = triton.cdiv(kw, max(1, SUMS // kh))
+    columns = triton.cdiv(kw, blocks)
+    block_d = 2 if blocks % 2 == 0 else 1
+    block_p, blocks = sizes.lanes // block_d, blocks // block_d
+    across = triton.cdiv(x.shape[0] * x.shape[2], block_p)
+    room = PARTIAL // (4 * block_p * (kh * kw + 1) * x.shape[3])
+    chunks = min(PROGRAMS // (sizes.slices * blocks), room) // sizes.strips
+    share = triton.cdiv(across, max(1, chunks))
+    programs = triton.cdiv(across, share) * sizes.strips
+    integers = *x.stride()[:2], *grad.stride()[:3], *sizes.integers, across, share
+    constants = dict(sizes.constants, G_STEP=grad.stride(1) if step else 0, BIAS=bias is not None)
+    constants.update(COLUMNS=columns, BLOCK_D=block_d, BLOCK_P=block_p)
+    grid = (programs * sizes.slices * blocks,)
+    launch = Launch(kernels_large.large_weight_grad_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
+    return launch, programs * block_p
+
+
+def statistics(x: Tensor, weight: Tensor, arranged: Tensor, dilation: int) -> Tensor:
+    """Sums of a convolution's result and of its squares without the result, float64 ``[2, C]``.
+
+    Args:
+        x: Map, ``[B, H, W, C]``, channels side by side.
+        weight: ``[C, 1, kh, kw]``.
+        arranged: ``launch.arrange(weight)``.
+        dilation: Distance of the kernel's values on the map.
+    """
+    key = layout(x), weight.shape, dilation
+    launch, programs = _statistics.get(key) or (None, 0)
+    if launch is None:
+        programs = _Sizes(x, weight, dilation, False).programs
+        launch = forward_plan(x, weight, None, None, False, x.shape[3], dilation, statistics=True)
+        _statistics.keep(key, (launch, programs))
+    sums = torch.empty((programs, 2, x.shape[3]), dtype=torch.float32, device=x.device)
+    launch(x, arranged, arranged, x, sums)
+    return sums.sum(0, dtype=torch.float64)
