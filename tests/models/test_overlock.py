@@ -216,23 +216,24 @@ def test_auxiliary_classifier_starts_anew_for_other_classes(tmp_path):
     assert len(timm.create_model("test_overlock", num_classes=0, global_pool="", **kwargs).projection) == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("merged", [False, True])
-def test_kernels_train_it_as_pytorch_does(merged):
-    torch.manual_seed(0)
-    model = timm.create_model("test_overlock", num_classes=5, merged=merged).cuda()
-    other, x = copy.deepcopy(model).double(), torch.randn(4, 3, 96, 96, device="cuda")
-    results = []
-    for network, images, backend in ((other, x.double(), "eager"), (model, x, "auto")):
-        with use_backend(backend):
-            out = network(images)
-            results.append((out, *torch.autograd.grad(out.double().square().sum(), list(network.parameters()))))
-    largest = max(grad.norm() for grad in results[0][1:])
-    for expected, actual in zip(*results, strict=True):
-        if expected.norm() > 1e-6 * largest:  # before a norm some gradients are nothing but rounding errors
-            assert_close("result", expected, actual, 5e-3)
-    for (name, expected), (_, actual) in zip(other.named_buffers(), model.named_buffers(), strict=True):
-        assert (expected - actual).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1.0), name
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_kernels_train_it_as_pytorch_does(merged):
+        torch.manual_seed(0)
+        model = timm.create_model("test_overlock", num_classes=5, merged=merged).cuda()
+        other, x = copy.deepcopy(model).double(), torch.randn(4, 3, 96, 96, device="cuda")
+        results = []
+        for network, images, backend in ((other, x.double(), "eager"), (model, x, "auto")):
+            with use_backend(backend):
+                out = network(images)
+                results.append((out, *torch.autograd.grad(out.double().square().sum(), list(network.parameters()))))
+        largest = max(grad.norm() for grad in results[0][1:])
+        for expected, actual in zip(*results, strict=True):
+            if expected.norm() > 1e-6 * largest:  # before a norm some gradients are nothing but rounding errors
+                assert_close("result", expected, actual, 5e-3)
+        for (name, expected), (_, actual) in zip(other.named_buffers(), model.named_buffers(), strict=True):
+            assert (expected - actual).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1.0), name
 
 
 # the network as timm's tools see it
