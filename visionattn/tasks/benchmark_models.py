@@ -1,6 +1,8 @@
 """Speed and memory of whole models side by side: inference, feature maps, and steps of training."""
 
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
@@ -193,7 +195,11 @@ def _prepare(text: str, mode: str, settings: Settings) -> tuple[dict[int, Callab
 
 def _rows(names: list[str], mode: str, settings: Settings) -> list[dict[str, Any]]:
     """Figures of every model in one mode."""
-    prepared = {name: _prepare(name, mode, settings) for name in names}
+    prepared = {}
+    for name in names:
+        start = time.perf_counter()
+        prepared[name] = _prepare(name, mode, settings)  # compiles kernels, which can take minutes the first time
+        print(f"{name}, {mode}: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     calls = {(name, n): step for name, (steps, _) in prepared.items() for n, step in steps.items()}
     seconds = times_in_turn(calls, settings.rounds, settings.device)
     rows = []
@@ -203,6 +209,7 @@ def _rows(names: list[str], mode: str, settings: Settings) -> list[dict[str, Any
         row["model_kwargs"] = " ".join(f"{key}={value}" for key, value in settings.model_kwargs.items())
         row |= dict(median_ms=1e3 * statistics.median(batch), fastest_ms=1e3 * min(batch))
         row["images_per_s"] = settings.batch / statistics.median(batch)
+        print(f"{name}, {mode}: {row['images_per_s']:.0f} images/s", file=sys.stderr, flush=True)
         if (name, 1) in seconds:
             row["one_image_ms"] = 1e3 * statistics.median(seconds[name, 1])
         rows.append({key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()})
