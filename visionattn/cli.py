@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -274,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if listed:
         setattr(args, listed, getattr(args, listed) + rest)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("visionattn").setLevel(logging.INFO)  # what VISIONATTN_AUTOTUNE=1 finds
     try:
         args.run(args)
     except Exception as error:

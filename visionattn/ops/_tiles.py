@@ -50,7 +50,9 @@ class Search:
         if not found:
             raise RuntimeError(f"no tile of {len(self._tiles)} works for {self._kernel}; unset VISIONATTN_AUTOTUNE")
         time, tile, launch = min(found, key=lambda entry: entry[0])
-        logger.info("%s: fastest of %d is %s, %.3f ms", self._kernel, len(found), tile, time)
+        first, usual = found[0][:2]
+        report = "%s: fastest of %d is %s, %.4f ms; %s takes %.4f"
+        logger.info(report, self._kernel, len(found), tile, time, usual, first)
         return launch
 
 

@@ -16,7 +16,7 @@ TILE = 4096  # values that a program sums at once
 GELU_TILE = 2048  # and of which it finds the gradient
 PROGRAMS = 792  # of a sum at most, all slices of the widest layer together: six for each of 132 processors
 CAST_BLOCK = 2048
-TOGETHER = 3  # fewest parameters that are cast by one launch: PyTorch's own casts of two cost no more host time
+TOGETHER = 2  # fewest parameters that are cast by one launch
 APART = 128  # cast tensors start at multiples of so many values, or matrix products would take slower kernels
 
 _casts, _plans = Plans(), Plans()

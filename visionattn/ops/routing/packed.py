@@ -4,6 +4,7 @@ Apart, queries, keys and values are views with nodes of their own, and the value
 the kernels write all three gradients into one map, and that of the convolution adds its share to that of the attention.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,6 +61,23 @@ class _PackedAttention(torch.autograd.Function):
         return dqkv, None, dweight, dbias, None, None, None
 
 
+@lru_cache(maxsize=512)
+def _served(
+    qkv: torch.Size,
+    index: torch.Size,
+    weight: torch.Size,
+    kinds: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    heads: int,
+    region: tuple[int, int],
+) -> bool:
+    """Whether there are kernels for contiguous tensors of these shapes and dtypes (of map, weight and bias)."""
+    maps, weights = (torch.empty(n, dtype=kind, device="meta") for n, kind in ((qkv, kinds[0]), (weight, kinds[1])))
+    bias = None if kinds[2] is None else torch.empty(weight[0], dtype=kinds[2], device="meta")
+    query, key, value, _ = _parts(maps, heads)
+    table = torch.empty(index, dtype=torch.int32, device="meta")
+    return launcher("routing").serves(query, key, value, table, region) and depthwise.serves(maps, weights, bias, None)
+
+
 def packed_attention(
     qkv: Tensor,
     index: Tensor,
@@ -89,9 +107,7 @@ def packed_attention(
         return None
     if weight.device != qkv.device or (bias is not None and bias.device != qkv.device):
         return None
-    query, key, value, _ = _parts(qkv.detach(), heads)
-    if not launcher("routing").serves(query, key, value, index, region) or not depthwise.serves(
-        qkv, weight, bias, None
-    ):
+    kinds = qkv.dtype, weight.dtype, None if bias is None else bias.dtype
+    if not _served(qkv.shape, index.shape, weight.shape, kinds, heads, region):
         return None
     return _PackedAttention.apply(qkv, index, weight, bias, heads, region, scale)
