@@ -18,6 +18,7 @@ from visionattn.layers import (
     channels_last,
     convolve,
     normalize,
+    on_map,
     project,
     transform,
 )
@@ -245,6 +246,25 @@ def test_maps_with_channels_inside_go_to_the_kernels(name, served):
         assert torch.equal(torch.jit.script(row)(x), expected)
         names = [node.target for node in torch.fx.symbolic_trace(row).graph.nodes if node.op == "call_module"]
         assert names == ["0", "1"]
+
+
+def test_norms_of_maps_run_by_the_kernel(served):
+    pytest.importorskip("triton")
+    norm, x = timm.layers.LayerNorm2d(12), torch.randn(X).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    expected = norm(x)
+    assert torch.equal(on_map(norm, x), expected) and not served  # no kernels on a CPU
+    with use_backend("triton"):
+        out = on_map(norm, x)
+        assert served == ["layer_norm"]
+        assert_close("out", expected, out, 1e-6)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert_close("rearranged", expected, on_map(norm, x.contiguous()), 1e-6)
+        hooked = with_hook(norm, "register_forward_hook", lambda module, args, out: 3 * out)
+        assert_close("hooked", 3 * expected, on_map(hooked, x), 1e-6)
+    assert len(served) == 1
 
 
 def test_residual_convolution_runs_by_the_kernel():

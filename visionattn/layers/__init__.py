@@ -5,8 +5,8 @@ from visionattn.layers.channels_last import (
     MapSequential,
     add_normalize,
     convolve,
-    convolve_map,
     normalize,
+    on_map,
     project,
     transform,
 )
@@ -35,9 +35,9 @@ __all__ = [
     "WindowAttention",
     "add_normalize",
     "convolve",
-    "convolve_map",
     "multi_head_attention",
     "normalize",
+    "on_map",
     "project",
     "transform",
 ]

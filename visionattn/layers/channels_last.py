@@ -34,10 +34,15 @@ def bare(module: nn.Module, x: Tensor) -> bool:
     return type(x) is Tensor and _unhooked(module) and not _has_any_global_hook()
 
 
-def _is_layer_norm(module: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
+_ROW_NORMS, _MAP_NORMS = (nn.LayerNorm, timm.layers.LayerNorm), (timm.layers.LayerNorm2d,)
+
+
+def _is_layer_norm(
+    module: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...] = _ROW_NORMS
+) -> TypeGuard[nn.LayerNorm]:
     return (
         isinstance(module, nn.LayerNorm)
-        and type(module) in (nn.LayerNorm, timm.layers.LayerNorm)
+        and type(module) in kinds
         and not getattr(module, "_fast_norm", False)  # asks for other numbers
         and module.bias is not None
         and len(module.normalized_shape) == 1
@@ -127,24 +132,27 @@ def channels_innermost(x: Tensor) -> bool:
     return type(x) is Tensor and x.dim() == 4 and use_triton(x) and x.stride(1) == 1
 
 
-def convolve_map(conv: nn.Module, x: Tensor) -> Tensor:
-    """``conv(x)``, by our kernel if it is a depthwise convolution and the channels of ``x`` lie side by side on a GPU.
+def on_map(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, of depthwise convolutions and layer norms by our kernels where channels lie side by side on a GPU.
 
     Args:
-        conv: Any module.
-        x: What it takes, ``[B, C, H, W]`` for a convolution.
+        module: Any module.
+        x: What it takes; ``[B, C, H, W]`` for a convolution or timm's ``LayerNorm2d``.
 
     Returns:
-        What the module gives.
+        What the module gives; of a norm under autocast in its dtype, see ``visionattn.ops.layer_norm``.
     """
-    if channels_innermost(x) and is_depthwise(conv, x):
-        x = x.permute(0, 2, 3, 1)
-        return depthwise_conv(x, conv.weight, conv.bias, None, conv.dilation[0]).permute(0, 3, 1, 2)
-    return conv(x)
+    if channels_innermost(x):
+        if is_depthwise(module, x):
+            rows = x.permute(0, 2, 3, 1)
+            return depthwise_conv(rows, module.weight, module.bias, None, module.dilation[0]).permute(0, 3, 1, 2)
+        if _is_layer_norm(module, x, _MAP_NORMS):
+            return layer_norm(x.permute(0, 2, 3, 1), module.weight, module.bias, module.eps).permute(0, 3, 1, 2)
+    return module(x)
 
 
 class MapSequential(nn.Sequential):
-    """Modules in a row, of which depthwise convolutions run by our kernels, see ``convolve_map``.
+    """Modules in a row, each called by ``on_map``.
 
     Shape:
         x: ``[B, C, H, W]``.
@@ -153,7 +161,7 @@ class MapSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
-            x = module(x) if torch.jit.is_scripting() else convolve_map(module, x)
+            x = module(x) if torch.jit.is_scripting() else on_map(module, x)
         return x
 
 
@@ -207,5 +215,5 @@ class ChannelsLast(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last_on_gpu(x)
         for module in self:
-            x = module(x)
+            x = module(x) if torch.jit.is_scripting() else on_map(module, x)
         return x

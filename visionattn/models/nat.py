@@ -15,7 +15,7 @@ from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visionattn.layers import ChannelsLast, NeighborhoodAttention, add_normalize, normalize, transform
+from visionattn.layers import ChannelsLast, MapSequential, NeighborhoodAttention, add_normalize, normalize, transform
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys
 
@@ -128,7 +128,7 @@ class NAT(PyramidBackbone):
         for i, (depth, dim) in enumerate(zip(depths, embed_dims, strict=True)):
             downsample: nn.Module = nn.Identity()
             if i > 0:
-                downsample = nn.Sequential(
+                downsample = MapSequential(
                     nn.Conv2d(embed_dims[i - 1], dim, 3, stride=2, padding=1, bias=False, **dd),
                     LayerNorm2d(dim, eps=1e-5, **dd),
                 )

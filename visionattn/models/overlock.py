@@ -21,7 +21,14 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from visionattn.layers import ChannelsLast, ContextMixing, DilatedReparamConv, MapSequential, ResidualDepthwiseConv
+from visionattn.layers import (
+    ChannelsLast,
+    ContextMixing,
+    DilatedReparamConv,
+    MapSequential,
+    ResidualDepthwiseConv,
+    on_map,
+)
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_image
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
@@ -158,9 +165,11 @@ class DynamicConvBlock(nn.Module):
             x, context = x.split(self.dims, dim=1)
             x = torch.cat((x, self.context_scale(context) + self.prior_scale(prior)), dim=1)
         x = self.dwconv1(x)
-        x = self.ls1(x) + self.drop_path(self._mixed(self.norm1(x)))
+        normed = self.norm1(x) if torch.jit.is_scripting() else on_map(self.norm1, x)
+        x = self.ls1(x) + self.drop_path(self._mixed(normed))
         x = self.dwconv2(x)
-        return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        normed = self.norm2(x) if torch.jit.is_scripting() else on_map(self.norm2, x)
+        return self.ls2(x) + self.drop_path(self.mlp(normed))
 
     def _mixed(self, x: Tensor) -> Tensor:
         query, context = x.split(self.dims, dim=1)
