@@ -13,7 +13,7 @@ def _check_kernel(name: str, kernel: Sequence[int], dilation: Sequence[int], H: 
     for k, d, length, axis in zip(kernel, dilation, (H, W), ("height", "width"), strict=True):
         if k < 1 or k % 2 == 0 or d < 1:
             raise ValueError(f"{name}={tuple(kernel)} must be odd and dilation={tuple(dilation)} at least 1")
-        if k * d > length:
+        if k > 1 and k * d > length:  # one pixel has no distance
             raise ValueError(
                 f"{name}={tuple(kernel)} with dilation={tuple(dilation)} needs a map of at least {k * d} pixels in "
                 f"{axis}, got {H}x{W}; pad it first (visionattn.ops.pad_to_at_least) or lower kernel or dilation"

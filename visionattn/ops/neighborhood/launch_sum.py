@@ -248,8 +248,8 @@ def backward(
     apart = dlogits.shape[0] == 1 or dlogits.stride(0) * dlogits.shape[0] == dlogits.numel()
     dl = dlogits if apart else torch.empty_like(logits, memory_format=torch.contiguous_format)
     lse_grad, kind = grad_lse is not None, None if bias is None else bias.dtype
-    if grad_out.stride(-1) == 0:  # expanded, as of a sum
-        grad_out = grad_out.contiguous()
+    if not grad_out.is_contiguous() and (grad_out.stride(-1) == 0 or _extent(grad_out) >= 2**31):
+        grad_out = grad_out.contiguous()  # expanded, as of a sum, or out of reach
     name = layout(logits), layout(value), layout(grad_out), kind, tuple(kernels), softmax, lse_grad
     plan = _backward_plans.get(name)
     if plan is None:
@@ -258,6 +258,7 @@ def backward(
         plan = _backward_plans.keep(name, (_plan_backward(s, (grad_out, dl, dvalue), lse_grad), fold))
     run, fold = plan
     table = logits if bias is None else bias.contiguous()
+    lse = lse.contiguous()
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     run(logits, value, table, out.contiguous(), lse, grad_out, dlse, torch.empty_like(lse), dl, dvalue)
     if fold is not None:
