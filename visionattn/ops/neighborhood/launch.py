@@ -23,7 +23,7 @@ _forward_plans, _backward_plans = Plans(), Plans()
 def _addressable(x: Tensor) -> bool:
     """Whether offsets inside one image fit into 31 bits."""
     _, H, W, heads, d = x.shape
-    return H * max(x.stride(1), W * heads * d) + W * x.stride(2) < 2**31
+    return H * max(x.stride(1), W * heads * d) + W * x.stride(2) + heads * x.stride(3) < 2**31
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Sequence[int]) -> bool:
