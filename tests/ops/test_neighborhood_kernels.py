@@ -253,3 +253,29 @@ def test_offsets_of_31_bits_are_served(axis):
     far[axis] = 2**29
     far = torch.empty_strided(x.shape, far, device="meta")
     assert not any(launch.serves(*(far if i == n else x for i in range(3)), None, (3, 3)) for n in range(3))
+
+
+def test_calls_of_one_geometry_share_tables_and_graphs_keep_them(monkeypatch):
+    from visionattn.ops.neighborhood import launch
+
+    plans = launch._forward_plans, launch._backward_plans
+    for plan in (*plans, launch._recorded):
+        plan.clear()
+    launch._tables.cache_clear()
+    monkeypatch.setattr(launch, "_capturing", lambda device: True)
+    bias = torch.zeros(1, 5, 5, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        for n in (1, 2):
+            x = torch.randn(n, 6, 6, 1, 8, device=DEVICE, requires_grad=True)
+            neighborhood_attention(x, x, x, 3, bias=bias).sum().backward()
+    assert launch._tables.cache_info().misses == 3  # of queries and keys, and of queries without a tail
+    assert sum(len(tiles.more) for tiles in launch._recorded) == 2 * 3
+    assert len(launch._recorded) == 2 * 4  # of both batches the forward and backward kernels
+    launch._recorded.clear()
+
+
+def test_tables_do_not_follow_the_default_device():
+    with torch.device("meta"):
+        walk = geometry.walk((9, 8), (3, 5), (2, 1), (4, 4), 32)
+        tensors = geometry.table(walk, True), geometry.words(walk, False), *geometry.splits(walk, 2, 9)
+    assert all(x.device.type == "cpu" for x in tensors)
