@@ -204,11 +204,11 @@ def splits(walk: Walk, batch: int, wanted: int) -> Splits:
         for x in range(len(walk.columns.kinds)):
             ys, xs = ([n for n, t in enumerate(a.tiles) if t[2] == c] for a, c in ((walk.rows, y), (walk.columns, x)))
             count = len(ys) * len(xs)
-            parts = min(batch * count, max(1, round(wanted * count / walk.tiles)))
-            shares.append((len(found), parts))
-            for part in range(parts):
-                first, last = (batch * count * p // parts for p in (part, part + 1))
+            share = min(batch * count, max(1, round(wanted * count / walk.tiles)))
+            shares.append((len(found), share))
+            for part in range(share):
+                first, last = (batch * count * p // share for p in (part, part + 1))
                 found.append([first, last, len(lists), len(shares) - 1, 0, 0, 0, 0])
             lists += [(ty, tx) for ty in ys for tx in xs]
-    tensors = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (lists, found))
-    return Splits(*tensors, classes(walk, shares))
+    items, parts = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (lists, found))
+    return Splits(items, parts, classes(walk, shares))
