@@ -292,3 +292,17 @@ def test_gradients_of_any_layout_work(kind, monkeypatch):
         turned = lse.transpose(3, 4).contiguous().transpose(3, 4)
         assert torch.equal(launch_sum.backward(grad, glse, *rest[:-1], turned, [3], True)[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["logits", "value", "bias"])
+def test_gradients_are_those_asked_for(frozen):
+    logits, value, bias, (grad, _) = inputs(Case((1, 3, 4), 1, 5, (3,)))
+    tensors = dict(logits=logits, value=value, bias=bias.view(1, 5, 5))
+    found = []
+    for name in (frozen, None):
+        leaves = {key: x.detach().requires_grad_(key != name) for key, x in tensors.items()}
+        with use_backend("triton"):
+            neighborhood_sum(leaves["logits"], leaves["value"], [3], [leaves["bias"]]).backward(grad)
+        found.append({key: x.grad for key, x in leaves.items()})
+    assert {key for key, grad in found[0].items() if grad is None} == {frozen}
+    assert all(torch.equal(grad, found[1][key]) for key, grad in found[0].items() if grad is not None)
