@@ -220,3 +220,22 @@ def test_windows_of_all_pixels_equal_a_loop():
         scores = torch.stack([0.7 * k[0, i, j, 0] @ q[0, y, x, 0] + bias[0, i - y + 2, j - x + 2] for i, j in pixels])
         expected = scores.softmax(0) @ torch.stack([v[0, i, j, 0] for i, j in pixels])
         assert_close("pixel", expected, out[0, y, x, 0], 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_compiled_calls_check_their_arguments_when_they_run(backend):
+    compiled = torch.compile(neighborhood_attention, backend="eager", dynamic=True)
+    x = torch.zeros(1, 5, 5, 1, 4)
+    with use_backend(backend), pytest.raises(ValueError, match="at least 7 pixels"):
+        compiled(x, x, x, 7)
+    operator = torch.ops.visionattn.neighborhood_sum
+    with use_backend(backend), pytest.raises(ValueError, match=r"table of biases must be \[1, 25\]"):
+        operator(torch.zeros(1, 9, 1, 5, 5), x, torch.zeros(1, 9), [3], True)
+
+
+def test_tensors_are_on_one_device():
+    x, bias = torch.zeros(1, 5, 5, 1, 4), torch.zeros(1, 5, 5, device="meta")
+    with pytest.raises(ValueError, match="on one device, got cpu, meta"):
+        neighborhood_attention(x, x, x, 3, bias=bias)
+    with pytest.raises(ValueError, match="on one device, got cpu, meta"):
+        neighborhood_sum(torch.zeros(1, 9, 1, 5, 5), x, [3], [bias])

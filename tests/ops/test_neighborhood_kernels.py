@@ -232,3 +232,50 @@ def test_tiles_cover_every_pair_once(length, kernel, dilation, size, by_key):
         for i, (low, high) in enumerate(kind.meets):
             found[row + dilation * i, column + dilation * low : column + dilation * high + 1 : dilation] += 1
     assert torch.equal(found.T if by_key else found, expected)
+
+
+def test_bias_of_nan_is_seen():
+    q, k, v = torch.randn(3, 1, 6, 6, 2, 8, device=DEVICE).unbind(0)
+    bias = torch.zeros(2, 5, 5, device=DEVICE)
+    bias[0, 2, 2] = torch.nan  # of every pixel with itself
+    with use_backend("triton"):
+        out = neighborhood_attention(q, k, v, 3, bias=bias)
+    assert out[:, :, :, 0].isnan().all() and not out[:, :, :, 1].isnan().any()
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_offsets_of_31_bits_are_served(axis):
+    from visionattn.ops.neighborhood import launch
+
+    x = torch.empty(1, 8, 8, 8, 16, device="meta")
+    far = list(x.stride())
+    assert launch.serves(x, x, x, None, (3, 3))
+    far[axis] = 2**29
+    far = torch.empty_strided(x.shape, far, device="meta")
+    assert not any(launch.serves(*(far if i == n else x for i in range(3)), None, (3, 3)) for n in range(3))
+
+
+def test_calls_of_one_geometry_share_tables_and_graphs_keep_them(monkeypatch):
+    from visionattn.ops.neighborhood import launch
+
+    plans = launch._forward_plans, launch._backward_plans
+    for plan in (*plans, launch._recorded):
+        plan.clear()
+    launch._tables.cache_clear()
+    monkeypatch.setattr(launch, "_capturing", lambda device: True)
+    bias = torch.zeros(1, 5, 5, device=DEVICE, requires_grad=True)
+    with use_backend("triton"):
+        for n in (1, 2):
+            x = torch.randn(n, 6, 6, 1, 8, device=DEVICE, requires_grad=True)
+            neighborhood_attention(x, x, x, 3, bias=bias).sum().backward()
+    assert launch._tables.cache_info().misses == 3  # of queries and keys, and of queries without a tail
+    assert sum(len(tiles.more) for tiles in launch._recorded) == 2 * 3
+    assert len(launch._recorded) == 2 * 4  # of both batches the forward and backward kernels
+    launch._recorded.clear()
+
+
+def test_tables_do_not_follow_the_default_device():
+    with torch.device("meta"):
+        walk = geometry.walk((9, 8), (3, 5), (2, 1), (4, 4), 32)
+        tensors = geometry.table(walk, True), geometry.words(walk, False), *geometry.splits(walk, 2, 9)
+    assert all(x.device.type == "cpu" for x in tensors)

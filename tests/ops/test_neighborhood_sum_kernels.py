@@ -226,6 +226,7 @@ def test_float64_and_wide_groups_take_the_eager_form():
 
 
 def test_search_finds_tiles_that_work(monkeypatch, caplog):
+    from visionattn.ops import _tiles
     from visionattn.ops.neighborhood import launch_sum
     from visionattn.ops.routing import tiles
 
@@ -233,7 +234,7 @@ def test_search_finds_tiles_that_work(monkeypatch, caplog):
     if not CUDA:  # the interpreter's times mean nothing: take the last candidate
         order = itertools.count()
         monkeypatch.setattr(tiles, "searching", lambda device: True)
-        monkeypatch.setattr(tiles, "milliseconds", lambda run: (run(), -next(order))[1])
+        monkeypatch.setattr(_tiles, "milliseconds", lambda run: (run(), -next(order))[1])
     plans = launch_sum._forward_plans, launch_sum._backward_plans
     for plan in plans:
         plan.clear()
@@ -267,3 +268,41 @@ def draw(number: int) -> Case:
 @pytest.mark.parametrize("case", [pytest.param(draw(n), id=f"{n}-{draw(n)}") for n in range(DRAWN)])
 def test_drawn_cases_equal_reference(case):
     compare(case, RELATIVE[case.dtype] * (2 if case.scale > 1 else 1))
+
+
+@pytest.mark.parametrize("kind", ["expanded", "far apart", "sliced"])
+def test_gradients_of_any_layout_work(kind, monkeypatch):
+    from visionattn.ops.neighborhood import launch_sum
+
+    case = Case((2, 3, 4), 2, 5, (3,))
+    given = inputs(case)
+    grad, glse = given[3]
+    if kind == "expanded":
+        grad = grad[..., :1].expand_as(grad)
+    elif kind == "far apart":
+        monkeypatch.setattr(launch_sum, "_extent", lambda x: 2**31)
+        grad = grad.permute(4, 1, 2, 3, 0).contiguous().permute(4, 1, 2, 3, 0)
+    else:
+        grad = torch.stack([grad, grad], -1)[..., 0]
+    with use_backend("triton"):
+        lse, out = (x.detach() for x in reversed(OPS.neighborhood_sum(*given[:3], [3], True)))
+        rest = *given[:3], out, lse
+        actual = launch_sum.backward(grad, glse, *rest, [3], True)
+        expected = launch_sum.backward(grad.contiguous(), glse, *rest, [3], True)
+        turned = lse.transpose(3, 4).contiguous().transpose(3, 4)
+        assert torch.equal(launch_sum.backward(grad, glse, *rest[:-1], turned, [3], True)[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["logits", "value", "bias"])
+def test_gradients_are_those_asked_for(frozen):
+    logits, value, bias, (grad, _) = inputs(Case((1, 3, 4), 1, 5, (3,)))
+    tensors = dict(logits=logits, value=value, bias=bias.view(1, 5, 5))
+    found = []
+    for name in (frozen, None):
+        leaves = {key: x.detach().requires_grad_(key != name) for key, x in tensors.items()}
+        with use_backend("triton"):
+            neighborhood_sum(leaves["logits"], leaves["value"], [3], [leaves["bias"]]).backward(grad)
+        found.append({key: x.grad for key, x in leaves.items()})
+    assert {key for key, grad in found[0].items() if grad is None} == {frozen}
+    assert all(torch.equal(grad, found[1][key]) for key, grad in found[0].items() if grad is not None)

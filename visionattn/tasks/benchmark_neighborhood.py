@@ -24,6 +24,7 @@ from visionattn.tasks.operator_forms import (
     Prepared,
     attention_floors_ms,
     generator,
+    output,
 )
 
 BIAS, NATTEN = "visionattn + bias", "NATTEN"
@@ -96,18 +97,6 @@ def biased(data: Data, shape: Shape) -> Prepared:
     window = shape.kernel, shape.dilation
     inputs = [*data.batched[0].unbind(3), *data.shared]
     return Prepared(inputs, lambda q, k, v, bias: neighborhood_attention(q, k, v, *window, bias))
-
-
-def exact(data: Data, shape: Shape) -> Tensor:
-    """The output without bias."""
-    prepared = ours(data, shape)
-    return prepared.attend(*prepared.inputs)
-
-
-def exact_biased(data: Data, shape: Shape) -> Tensor:
-    """The output with bias."""
-    prepared = biased(data, shape)
-    return prepared.attend(*prepared.inputs)
 
 
 def no_natten() -> str:
@@ -211,15 +200,16 @@ def floors(shape: Shape, itemsize: int) -> tuple[float, float]:
     return attention_floors_ms(queries * shape.dim * itemsize, queries * shape.kernel**2)
 
 
+_EXACT = output(ours)
 OPERATOR = Operator(
     sets={"default": lambda: SHAPES, "networks": network_shapes},
     forms={
-        OURS: Form(ours, exact, ours=True),
-        BIAS: Form(biased, exact_biased, ours=True),
-        NATTEN: Form(natten_form, exact, missing=no_natten),
-        FLEX: Form(flex_form, exact),
+        OURS: Form(ours, _EXACT, ours=True),
+        BIAS: Form(biased, output(biased), ours=True),
+        NATTEN: Form(natten_form, _EXACT, missing=no_natten),
+        FLEX: Form(flex_form, _EXACT),
         DENSE: DENSE_FORM,
-        EAGER: Form(ours, exact, backend="eager"),
+        EAGER: Form(ours, _EXACT, backend="eager"),
     },
     inputs=inputs,
     floors=floors,

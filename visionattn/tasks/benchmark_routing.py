@@ -20,6 +20,7 @@ from visionattn.tasks.operator_forms import (
     Prepared,
     attention_floors_ms,
     generator,
+    output,
 )
 
 GATHER = "gather"
@@ -64,12 +65,6 @@ def ours(data: Data, shape: Shape) -> Prepared:
     """The operator of this package, on slices of a packed projection ``[B, H, W, 3, heads, head_dim]``."""
     region, index = (shape.region, shape.region), _index(data)
     return Prepared(list(data.batched[0].unbind(3)), lambda q, k, v: routed_attention(q, k, v, index, region)[0])
-
-
-def exact(data: Data, shape: Shape) -> Tensor:
-    """The operator's output."""
-    prepared = ours(data, shape)
-    return prepared.attend(*prepared.inputs)
 
 
 def gather_form(data: Data, shape: Shape) -> Prepared:
@@ -149,13 +144,14 @@ def floors(shape: Shape, itemsize: int) -> tuple[float, float]:
     return attention_floors_ms(queries * shape.dim * itemsize, queries * shape.topk * shape.region**2)
 
 
+_EXACT = output(ours)
 OPERATOR = Operator(
     sets={"default": lambda: SHAPES},
     forms={
-        OURS: Form(ours, exact, ours=True, images=1),
-        GATHER: Form(gather_form, exact, images=1),
+        OURS: Form(ours, _EXACT, ours=True, images=1),
+        GATHER: Form(gather_form, _EXACT, images=1),
         DENSE: DENSE_FORM,
-        FLEX: Form(flex_form, exact, images=1),
+        FLEX: Form(flex_form, _EXACT, images=1),
     },
     inputs=inputs,
     floors=floors,

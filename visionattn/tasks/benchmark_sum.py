@@ -9,7 +9,7 @@ from visionattn.layers import ContextMixing
 from visionattn.ops import neighborhood_sum
 from visionattn.ops.neighborhood.reference import windows
 from visionattn.tasks.network_shapes import stage_modules
-from visionattn.tasks.operator_forms import EAGER, OURS, Data, Form, Operator, Prepared, floors_ms, generator
+from visionattn.tasks.operator_forms import EAGER, OURS, Data, Form, Operator, Prepared, floors_ms, generator, output
 
 WINDOWS = "windows"
 NETWORKS = ("overlock_xt", "overlock_t", "overlock_s", "overlock_b")
@@ -59,12 +59,6 @@ def ours(data: Data, shape: Shape) -> Prepared:
     return Prepared(
         list(data.leaves()), lambda logits, value, *tables: neighborhood_sum(logits, value, kernels, [*tables])
     )
-
-
-def exact(data: Data, shape: Shape) -> Tensor:
-    """The operator's output."""
-    prepared = ours(data, shape)
-    return prepared.attend(*prepared.inputs)
 
 
 def windows_form(data: Data, shape: Shape) -> Prepared:
@@ -121,12 +115,13 @@ def floors(shape: Shape, itemsize: int) -> tuple[float, float]:
     return floors_ms(size, 2 * size, weights)
 
 
+_EXACT = output(ours)
 OPERATOR = Operator(
     sets={"default": lambda: SHAPES, "networks": network_shapes},
     forms={
-        OURS: Form(ours, exact, ours=True),
-        EAGER: Form(ours, exact, backend="eager"),
-        WINDOWS: Form(windows_form, exact),
+        OURS: Form(ours, _EXACT, ours=True),
+        EAGER: Form(ours, _EXACT, backend="eager"),
+        WINDOWS: Form(windows_form, _EXACT),
     },
     inputs=inputs,
     floors=floors,

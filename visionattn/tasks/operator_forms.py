@@ -115,6 +115,16 @@ def attention_floors_ms(size: int, exponentials: int) -> tuple[float, float]:
     return floors_ms(4 * size, 8 * size, exponentials)
 
 
+def output(prepare: Callable[[Data, Any], Prepared]) -> Callable[[Data, Any], Tensor]:
+    """What a form computes, as the ``exact`` of itself and of its peers."""
+
+    def exact(data: Data, shape: Any) -> Tensor:
+        prepared = prepare(data, shape)
+        return prepared.restore(prepared.attend(*prepared.inputs))
+
+    return exact
+
+
 def dense_form(data: Data, shape: Any) -> Prepared:
     """Attention to the whole map by PyTorch's fused kernel, on slices of ``[B, H, W, 3, heads, head_dim]``."""
     packed = data.batched[0]

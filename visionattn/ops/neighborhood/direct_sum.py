@@ -28,9 +28,9 @@ class _NeighborhoodSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dlogits, dvalue, dbias = launcher("neighborhood", "launch_sum").backward(grad_out, None, *saved, *ctx.rest)
-        return dlogits, dvalue, None if saved[2] is None else dbias, None, None
+        run, wanted = launcher("neighborhood", "launch_sum").backward, ctx.needs_input_grad[2]
+        dlogits, dvalue, dbias = run(grad_out, None, *ctx.saved_tensors, *ctx.rest, bias_grad=wanted)
+        return dlogits, dvalue, dbias if wanted else None, None, None
 
 
 def neighborhood_sum(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.ops._dispatch import launcher, register_autocast, use_triton
+from visionattn.ops.neighborhood.arguments import check_attention
 from visionattn.ops.neighborhood.tiles import Segment, TileClass, slots, tile_classes
 
 _SHARE = 1.5  # of the size of key and value that the buffers of a step may take
@@ -118,6 +119,7 @@ def neighborhood_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, W, heads, head_dim]`` and log-sum-exp ``[B, heads, H, W]``."""
+    check_attention(query, key, value, bias, kernel_size, dilation)
     if use_triton(query) and launcher("neighborhood").serves(query, key, value, bias, kernel_size):
         return launcher("neighborhood").forward(query, key, value, bias, kernel_size, dilation, scale)
     B, H, W, heads, _ = query.shape

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.ops._dispatch import launcher, register_autocast, use_triton
+from visionattn.ops.neighborhood.arguments import check_sum
 from visionattn.ops.neighborhood.eager import _add, _plan, _put, _Step, _steps, _take
 from visionattn.ops.neighborhood.tiles import slots
 
@@ -54,6 +55,7 @@ def neighborhood_sum(
     logits: Tensor, value: Tensor, bias: Tensor | None, kernel_sizes: Sequence[int], softmax: bool
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, W, kernels * groups, d]`` and log-sum-exp ``[B, kernels, groups, H, W]`` (0 without softmax)."""
+    check_sum(logits, value, kernel_sizes, table=bias)
     if use_triton(value) and launcher("neighborhood", "launch_sum").serves(logits, value, bias, kernel_sizes):
         return launcher("neighborhood", "launch_sum").forward(logits, value, bias, kernel_sizes, softmax)
     B, H, W = value.shape[:3]

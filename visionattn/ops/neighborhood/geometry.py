@@ -5,6 +5,8 @@ of them meets, a rectangle of the same group: queries over the keys of their win
 windows they lie in. Windows move inward at borders, so such a key may have more queries than a window has keys, but
 they are an interval of each axis too. Tiles whose rows meet their columns alike (all inner ones do) form a class and
 share masks.
+
+All tensors here are on the CPU, whatever PyTorch's default device is.
 """
 
 from collections.abc import Sequence
@@ -144,13 +146,13 @@ def table(walk: Walk, vertical: bool) -> Tensor:
         kind = kinds[number]
         chunks = walk.chunks(kind) if vertical else 0
         lines.append([row, len(kind.meets), column, kind.columns, number, chunks, 0, 0])
-    return torch.tensor(lines, dtype=torch.int32)
+    return torch.tensor(lines, dtype=torch.int32, device="cpu")
 
 
 def _meeting(kinds: list[Kind], rows: int, columns: int) -> Tensor:
     """Whether row and column of a class meet along one axis, ``[classes, rows, columns]``."""
-    bounds = torch.tensor([[*kind.meets, *[(1, 0)] * (rows - len(kind.meets))] for kind in kinds])
-    column = torch.arange(columns)
+    bounds = torch.tensor([[*kind.meets, *[(1, 0)] * (rows - len(kind.meets))] for kind in kinds], device="cpu")
+    column = torch.arange(columns, device="cpu")
     return (bounds[..., :1] <= column) & (column <= bounds[..., 1:])
 
 
@@ -164,13 +166,13 @@ def words(walk: Walk, by_key: bool) -> Tensor:
     x = _meeting(walk.columns.kinds, walk.width, width)
     padded = -(-walk.block_m // 32) * 32
     shape = (padded // 32, length) if by_key else (length // 32, padded)
-    found = torch.empty((walk.classes, *shape), dtype=torch.int32)
+    found, bit = torch.empty((walk.classes, *shape), dtype=torch.int32, device="cpu"), torch.arange(32, device="cpu")
     for number in range(walk.classes):  # one by one, for the bits are long
         one, other = y[number // len(x)], x[number % len(x)]
         meet = (one[:, None, :, None] & other[None, :, None, :]).flatten(2).flatten(0, 1)[:, :length]
         meet = torch.cat([meet, meet.new_zeros((padded - len(meet), length))])
         meet = meet.T if by_key else meet  # [queries, keys]
-        bits = (meet.unflatten(1, (-1, 32)).long() << torch.arange(32)).sum(2)
+        bits = (meet.unflatten(1, (-1, 32)).long() << bit).sum(2)
         found[number] = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).T
     return found
 
@@ -190,7 +192,7 @@ def classes(walk: Walk, splits: Sequence[tuple[int, int]] = ()) -> Tensor:
         [*share, y.shift, x.shift, y.columns, x.columns, 0, 0]
         for (y, x), share in zip(pairs, splits or [(0, 0)] * len(pairs), strict=True)
     ]
-    return torch.tensor(lines).int()
+    return torch.tensor(lines, dtype=torch.int32, device="cpu")
 
 
 def splits(walk: Walk, batch: int, wanted: int) -> Splits:
@@ -202,10 +204,11 @@ def splits(walk: Walk, batch: int, wanted: int) -> Splits:
         for x in range(len(walk.columns.kinds)):
             ys, xs = ([n for n, t in enumerate(a.tiles) if t[2] == c] for a, c in ((walk.rows, y), (walk.columns, x)))
             count = len(ys) * len(xs)
-            parts = min(batch * count, max(1, round(wanted * count / walk.tiles)))
-            shares.append((len(found), parts))
-            for part in range(parts):
-                first, last = (batch * count * p // parts for p in (part, part + 1))
+            share = min(batch * count, max(1, round(wanted * count / walk.tiles)))
+            shares.append((len(found), share))
+            for part in range(share):
+                first, last = (batch * count * p // share for p in (part, part + 1))
                 found.append([first, last, len(lists), len(shares) - 1, 0, 0, 0, 0])
             lists += [(ty, tx) for ty in ys for tx in xs]
-    return Splits(torch.tensor(lists).int(), torch.tensor(found).int(), classes(walk, shares))
+    items, parts = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in (lists, found))
+    return Splits(items, parts, classes(walk, shares))

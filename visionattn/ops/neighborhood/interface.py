@@ -1,23 +1,11 @@
 """Public neighbourhood operators: check the arguments, pick an implementation, nothing else."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import use_reference
 from visionattn.ops.neighborhood import direct, direct_sum, eager, eager_sum, reference  # noqa: F401  (register operators)
-
-
-def _check_kernel(name: str, kernel: Sequence[int], dilation: Sequence[int], H: int, W: int) -> None:
-    for k, d, length, axis in zip(kernel, dilation, (H, W), ("height", "width"), strict=True):
-        if k < 1 or k % 2 == 0 or d < 1:
-            raise ValueError(f"{name}={tuple(kernel)} must be odd and dilation={tuple(dilation)} at least 1")
-        if k * d > length:
-            raise ValueError(
-                f"{name}={tuple(kernel)} with dilation={tuple(dilation)} needs a map of at least {k * d} pixels in "
-                f"{axis}, got {H}x{W}; pad it first (visionattn.ops.pad_to_at_least) or lower kernel or dilation"
-            )
+from visionattn.ops.neighborhood.arguments import check_attention, check_sum
 
 
 def neighborhood_attention(
@@ -49,7 +37,7 @@ def neighborhood_attention(
         ``[B, H, W, heads, head_dim]``, contiguous, dtype of ``query``.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, an even kernel, or a window that exceeds the map.
+        ValueError: Shapes, dtypes or devices that do not fit, an even kernel, or a window that exceeds the map.
 
     Reference: Neighborhood Attention Transformer, arXiv:2204.07143; dilated, arXiv:2209.15001.
     """
@@ -60,19 +48,7 @@ def neighborhood_attention(
     if torch.jit.is_scripting():
         return torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
     if not torch.compiler.is_compiling():  # sizes may be symbols there, and a check would fix them
-        if query.dim() != 5 or query.shape != key.shape or query.shape != value.shape:
-            raise ValueError(
-                "query, key and value must be [B, H, W, heads, head_dim] alike, "
-                f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-            )
-        if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-            raise ValueError(
-                f"query, key, value must share one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
-            )
-        _check_kernel("kernel_size", kernel, dilations, query.shape[1], query.shape[2])
-        table = (query.shape[3], 2 * kernel[0] - 1, 2 * kernel[1] - 1)
-        if bias is not None and bias.shape != table:
-            raise ValueError(f"bias must be {list(table)} for this kernel and these heads, got {list(bias.shape)}")
+        check_attention(query, key, value, bias, kernel, dilations)
     if use_reference():
         return reference.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
     if not torch.compiler.is_compiling():
@@ -80,6 +56,10 @@ def neighborhood_attention(
         if out is not None:
             return out
     return torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
+
+
+def _side_by_side(biases: list[Tensor] | None) -> Tensor | None:
+    return None if biases is None else torch.cat([table.flatten(1) for table in biases], dim=1)
 
 
 def neighborhood_sum(
@@ -105,30 +85,16 @@ def neighborhood_sum(
         ``[B, H, W, kernels * groups, d]``, contiguous, dtype of ``value``.
 
     Raises:
-        ValueError: Shapes that do not fit, an even kernel, or one that exceeds the map.
+        ValueError: Shapes or devices that do not fit, an even kernel, or one that exceeds the map.
 
     Reference: the context-mixing convolution of OverLoCK, arXiv:2502.20087; without it NATTEN's ``na2d_av``.
     """
     kernels = list(kernel_sizes)
-    bias = None if biases is None else torch.cat([table.flatten(1) for table in biases], dim=1)
     if torch.jit.is_scripting():
-        return torch.ops.visionattn.neighborhood_sum(logits, value, bias, kernels, softmax)[0]
+        return torch.ops.visionattn.neighborhood_sum(logits, value, _side_by_side(biases), kernels, softmax)[0]
     if not torch.compiler.is_compiling():
-        taps = sum(k * k for k in kernels)
-        groups = logits.shape[2] if logits.dim() == 5 else 0
-        B, H, W = value.shape[:3]
-        if logits.shape != (B, taps, groups, H, W) or value.dim() != 5 or value.shape[3] != len(kernels) * groups:
-            raise ValueError(
-                f"for the kernels {kernels} logits must be [B, {taps}, groups, H, W] and value "
-                f"[B, H, W, {len(kernels)} * groups, d], got {tuple(logits.shape)} and {tuple(value.shape)}"
-            )
-        for k in kernels:
-            _check_kernel("kernel", (k, k), (1, 1), H, W)
-        if biases is not None and [tuple(b.shape) for b in biases] != [(groups, 2 * k - 1, 2 * k - 1) for k in kernels]:
-            raise ValueError(
-                f"biases must be [groups={groups}, 2k - 1, 2k - 1] for each of the kernels {kernels}, "
-                f"got {[tuple(b.shape) for b in biases]}"
-            )
+        check_sum(logits, value, kernels, biases)
+    bias = _side_by_side(biases)
     if use_reference():
         return reference.neighborhood_sum(logits, value, bias, kernels, softmax)[0]
     out = None if torch.compiler.is_compiling() else direct_sum.neighborhood_sum(logits, value, bias, kernels, softmax)

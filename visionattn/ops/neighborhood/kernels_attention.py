@@ -130,7 +130,7 @@ def _meeting(
     """Where the mask of a tile begins."""
     number = tl.load(rows_ptr + 4) * classes_x + tl.load(columns_ptr + 4)
     if BIAS:
-        return meet_ptr + (number * HEADS + head) * (BLOCK_M * 32 * WORDS)
+        return meet_ptr + (number * HEADS + head).to(tl.int64) * (BLOCK_M * 32 * WORDS)
     return meet_ptr + number * (((BLOCK_M + 31) // 32) * 32 * WORDS)
 
 
@@ -162,8 +162,9 @@ def bias_tile_kernel(
         where = m * (32 * WORDS) + n
     entry = (head * (2 * KH - 1) + y + KH - 1) * (2 * KW - 1) + x + KW - 1
     bias = tl.load(bias_ptr + entry, mask=meet, other=float("-inf")).to(tl.float32)
-    tile = tl.where(bias == float("-inf"), bias, tl.minimum(tl.maximum(bias * LOG2_E, -LARGEST), LARGEST))
-    tile_ptr += (number * HEADS + head) * (BLOCK_M * 32 * WORDS)
+    limited = tl.minimum(tl.maximum(bias * LOG2_E, -LARGEST), LARGEST)
+    tile = tl.where((bias == float("-inf")) | (bias != bias), bias, limited)
+    tile_ptr += (number * HEADS + head).to(tl.int64) * (BLOCK_M * 32 * WORDS)
     tl.store(tile_ptr + where, tile.to(tile_ptr.dtype.element_ty))
 
 

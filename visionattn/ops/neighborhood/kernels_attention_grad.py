@@ -160,7 +160,7 @@ def bias_grad_kernel(
     lists_ptr += 2 * tl.load(splits_ptr + 2)
     m, n0 = tl.arange(0, BLOCK_M), chunk * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    meet_ptr += (tl.load(splits_ptr + 3) * HEADS + head) * (BLOCK_M * 32 * WORDS)
+    meet_ptr += (tl.load(splits_ptr + 3) * HEADS + head).to(tl.int64) * (BLOCK_M * 32 * WORDS)
     q_ptr += head * q_sn
     k_ptr += head * k_sn
     v_ptr += head * v_sn

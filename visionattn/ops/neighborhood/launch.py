@@ -1,6 +1,8 @@
 """Launching the Triton kernels of neighbourhood attention: tile sizes, masks and the order of the kernels."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +20,13 @@ BIAS_PROGRAMS = 2048  # of the bias gradient; each writes a tile of float32
 
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
 _forward_plans, _backward_plans = Plans(), Plans()
+_recorded: set[Any] = set()  # tables of which CUDA graphs have the addresses
 
 
 def _addressable(x: Tensor) -> bool:
     """Whether offsets inside one image fit into 31 bits."""
     _, H, W, heads, d = x.shape
-    return H * max(x.stride(1), W * heads * d) + W * x.stride(2) < 2**31
+    return H * max(x.stride(1), W * heads * d) + W * x.stride(2) + heads * x.stride(3) < 2**31
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Sequence[int]) -> bool:
@@ -60,7 +63,8 @@ class _Shape:
     ):
         self.B, self.H, self.W, self.heads, self.D = query.shape
         self.kernel = kernel[0], kernel[1]
-        self.dilation = [d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True)]  # one pixel has no distance
+        # one pixel has no distance
+        self.dilation = dilation[0] if kernel[0] > 1 else 1, dilation[1] if kernel[1] > 1 else 1
         self.dtype, self.device = query.dtype, query.device
         self.strides = tuple(s for x in (query, key, value) for s in x.stride()[:4])
         self.block_d = max(16, 1 << (self.D - 1).bit_length())
@@ -90,21 +94,66 @@ class _Shape:
         return Launch(kernel, grid, integers, values, tile.warps, tile.stages, tile.registers)
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _kept(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Copies on the device, complete when this returns.
+
+    What a thread allocates while ``torch.compile`` runs it for a CUDA graph belongs to that graph, and must be gone
+    afterwards. These copies stay, so a thread of their own makes them.
+    """
+    if device.type != "cuda":
+        return tuple(x.to(device) for x in tensors)
+    with ThreadPoolExecutor(1) as thread:
+        return tuple(thread.map(lambda x: x.to(device), tensors))
+
+
+class _Tables(NamedTuple):
+    """A walk and what the kernels read of it, on the device."""
+
+    walk: geometry.Walk
+    rows: Tensor
+    columns: Tensor
+    words: Tensor
+    classes: Tensor
+
+
+@lru_cache(maxsize=256)
+def _tables(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    tile: tuple[int, int],
+    block: int,
+    by_key: bool,
+    tail: bool,
+    device: torch.device,
+) -> _Tables:
+    """The tables of one geometry, which calls with other batches, heads and strides share."""
+    walk = geometry.walk(size, kernel, dilation, tile, block, by_key)
+    walk = walk if tail else walk._replace(tail=0)
+    axes = (geometry.table(walk, vertical) for vertical in (True, False))
+    return _Tables(walk, *_kept((*axes, geometry.words(walk, by_key), geometry.classes(walk)), device))
+
+
 class _Tiles:
     """How a kernel cuts the map: the walk of its programs, with tables and masks on the device."""
 
     def __init__(self, s: _Shape, tile: Tile, by_key: bool = False, tail: bool = True):
         size, block = (tile.height, tile.width), tile.columns
-        walk = geometry.walk((s.H, s.W), s.kernel, s.dilation, size, block, by_key)
-        self.walk = walk = walk if tail else walk._replace(tail=0)
-        self.tables = tuple(geometry.table(walk, vertical).to(s.device) for vertical in (True, False))
+        found = _tables((s.H, s.W), s.kernel, s.dilation, size, block, by_key, tail, s.device)
+        self.walk = walk = found.walk
+        self.tables = found.rows, found.columns
+        self.more: tuple[Tensor, ...] = ()  # tables that a kernel has besides
         self.constants = dict(
             TILE_X=walk.width, WIDTH=walk.columns.columns, BLOCK_M=walk.block_m, BLOCK_N=block, TAIL=walk.tail,
             WORDS=walk.words, BY_KEY=by_key,
         )  # fmt: skip
-        self._words, self._build = geometry.words(walk, by_key).to(s.device), None
+        self._device, self._words, self._classes, self._build = s.device, found.words, found.classes, None
         if s.biased:
-            self._classes = geometry.classes(walk).to(s.device)
             self._shape = walk.classes, s.heads, walk.block_m, 32 * walk.words
             self._dtype = torch.float32 if s.dtype == torch.float32 else torch.float16
             grid = walk.classes, s.heads, walk.words
@@ -112,6 +161,8 @@ class _Tiles:
 
     def meeting(self, bias: Tensor | None) -> Tensor:
         """Which rows meet which columns: bit masks, or with a bias tiles of it."""
+        if _capturing(self._device):
+            _recorded.add(self)  # plans may be forgotten before the graph is
         if bias is None or self._build is None:
             return self._words
         meet = torch.empty(self._shape, dtype=self._dtype, device=bias.device)
@@ -139,7 +190,7 @@ def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
     walk = tiles.walk
     chunks, columns = 32 * walk.words // tile.columns, 32 * walk.words
     parts = geometry.splits(walk, s.B, max(1, BIAS_PROGRAMS // (s.heads * chunks)))
-    lists, splits, classes = (x.to(s.device) for x in parts)
+    tiles.more = lists, splits, classes = _kept(parts, s.device)
     integers = (*s.strides, s.B, s.H, s.W, *s.dilation, chunks)
     grid = len(splits) * s.heads * chunks
     grad = s.prepare(kernels_attention_grad.bias_grad_kernel, (grid,), integers, tile, **tiles.constants)

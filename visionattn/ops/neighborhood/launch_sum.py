@@ -240,16 +240,18 @@ def backward(
     lse: Tensor,
     kernels: Sequence[int],
     softmax: bool,
+    bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``visionattn::neighborhood_sum_backward`` on the device."""
+    """``visionattn::neighborhood_sum_backward`` on the device; the bias' gradient is empty unless ``bias_grad``."""
     dlogits, dvalue = torch.empty_like(logits), torch.empty_like(value)
-    dbias = value.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    table, bias_grad = logits if bias is None else bias.contiguous(), bias_grad and bias is not None
+    dbias = torch.empty_like(table) if bias_grad else value.new_empty(0)
     # images one after the other, as the sum over them wants it; nearly always they are
     apart = dlogits.shape[0] == 1 or dlogits.stride(0) * dlogits.shape[0] == dlogits.numel()
     dl = dlogits if apart else torch.empty_like(logits, memory_format=torch.contiguous_format)
     lse_grad, kind = grad_lse is not None, None if bias is None else bias.dtype
-    if grad_out.stride(-1) == 0:  # expanded, as of a sum
-        grad_out = grad_out.contiguous()
+    if not grad_out.is_contiguous() and (grad_out.stride(-1) == 0 or _extent(grad_out) >= 2**31):
+        grad_out = grad_out.contiguous()  # expanded, as of a sum, or out of reach
     name = layout(logits), layout(value), layout(grad_out), kind, tuple(kernels), softmax, lse_grad
     plan = _backward_plans.get(name)
     if plan is None:
@@ -257,9 +259,9 @@ def backward(
         fold = None if bias is None else _plan_bias_grad(s, dl)
         plan = _backward_plans.keep(name, (_plan_backward(s, (grad_out, dl, dvalue), lse_grad), fold))
     run, fold = plan
-    table = logits if bias is None else bias.contiguous()
+    lse = lse.contiguous()
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     run(logits, value, table, out.contiguous(), lse, grad_out, dlse, torch.empty_like(lse), dl, dvalue)
-    if fold is not None:
+    if fold is not None and bias_grad:
         fold(dl, dbias)
     return dlogits if apart else dlogits.copy_(dl), dvalue, dbias
