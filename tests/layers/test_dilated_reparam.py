@@ -147,6 +147,16 @@ def test_modules_are_called_where_they_do_something_else(name, together):
     assert not together
 
 
+def test_maps_that_do_not_fit_are_not_computed_at_once():
+    layer, x = prepared(5)
+    with use_backend("triton"):
+        assert not dilated_reparam._at_once([layer.large], x[:, :4])
+        with pytest.raises(ValueError, match="depthwise_conv wants"):
+            layer(x.permute(0, 2, 3, 1).repeat(1, 1, 1, 2).permute(0, 3, 1, 2))
+        layer.large[0].to("meta")
+        assert not dilated_reparam._at_once([layer.large], x)
+
+
 def test_statistics_of_several_devices_are_left_to_their_norm():
     layer, x = prepared(5)
     with use_backend("triton"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionattn.ops import depthwise_conv, layer_norm, routed_attention, use_backend
+from visionattn.ops import depthwise_conv, layer_norm, linear, routed_attention, use_backend
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,3 +83,32 @@ def test_tensors_of_a_convolution_must_be_on_one_device():
     x, kernel = torch.randn(1, 5, 7, 8, device=DEVICE), torch.randn(8, 1, 3, 3, device=DEVICE)
     with pytest.raises(ValueError, match="one device"):
         depthwise_conv(x, kernel, torch.zeros(8, device="meta"))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tangents_of_forward_mode_pass(frozen):
+    weight, square = torch.randn(4, 1, 3, 3, device=DEVICE), torch.randn(4, 4, device=DEVICE)
+    ones = torch.ones(4, device=DEVICE).requires_grad_(not frozen)
+    operators = {
+        "norm": lambda x: layer_norm(x, ones, ones),
+        "convolution": lambda x: depthwise_conv(x, weight, ones),
+        "linear": lambda x: linear(x, square, ones),
+    }
+    x, direction = torch.randn(2, 1, 5, 6, 4, device=DEVICE)
+    for name, operator in operators.items():
+        tangents = []
+        for backend in ("triton", "eager"):
+            with use_backend(backend), torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, direction)
+                tangents.append(torch.autograd.forward_ad.unpack_dual(operator(dual)).tangent)
+        assert tangents[0] is not None, name
+        torch.testing.assert_close(tangents[0], tangents[1])
+
+
+def test_a_penalty_on_a_gradient_does_not_quietly_lose_its_share():
+    weight = torch.randn(4, 4, device=DEVICE).requires_grad_()
+    x = torch.randn(3, 4, device=DEVICE).requires_grad_()
+    with use_backend("triton"):  # the gradient that comes in is a constant, that of x is not
+        (grad,) = torch.autograd.grad(linear(x, weight).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad.square().sum() + x.sum()).backward()

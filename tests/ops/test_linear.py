@@ -254,6 +254,17 @@ def test_what_is_changed_before_the_backward_pass_is_noticed(changed):
             out.sum().backward()
 
 
+def test_results_may_be_changed_in_place():
+    grads = {}
+    for backend in ("eager", "triton"):
+        leaves, tensors = given((2, 7), 16, 24, 16, torch.float32, torch.float32)
+        with use_backend(backend):
+            out = mlp(*tensors).relu_() + linear(*tensors[:3])[..., :16].mul_(0.5)
+        grads[backend] = torch.autograd.grad(out.sin().sum(), leaves)
+    for name, expected, actual in zip(NAMES, grads["eager"], grads["triton"], strict=True):
+        assert_close(name, expected, actual, 2e-5)
+
+
 def test_second_derivative_is_refused():
     _, tensors = given((2, 7), 16, 24, 16, torch.float32, torch.float32)
     for function, args in ((linear, tensors[:3]), (mlp, tensors)):

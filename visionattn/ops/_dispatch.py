@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 
@@ -67,7 +67,8 @@ def use_triton(x: torch.Tensor) -> bool:
 def launches(x: torch.Tensor) -> bool:
     """Whether a kernel for ``x`` may be launched here and now, without PyTorch's dispatcher.
 
-    Not where something watches or transforms the calls: a compiler, a tracer, ``torch.func``, a dispatch mode.
+    Not where something watches or transforms the calls: a compiler, a tracer, ``torch.func``, a dispatch mode, or
+    forward-mode differentiation, whose tangents kernels do not carry.
     """
     return (
         not torch.compiler.is_compiling()
@@ -76,15 +77,25 @@ def launches(x: torch.Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's ``once_differentiable`` for a ``backward`` method, free where no second derivative is asked for."""
-    guarded = once_differentiable(backward)
+    """For a ``backward`` method: a second derivative is an error, and costs nothing where none is asked for.
+
+    PyTorch's ``once_differentiable`` gives constants where the incoming gradient is one, as that of a sum is, so that
+    a penalty on a gradient would quietly lose its share; here these cannot be differentiated either.
+    """
 
     def run(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            given = backward(ctx, *grads)
+        found = [None if x is None else x.detach().requires_grad_() for x in given]
+        message = b"trying to differentiate twice a function that was marked with @once_differentiable"
+        return torch._C._functions.DelayedError(message, len(found))(*found)
 
     return run
 

@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import autocast_dtype, launcher, launches
+from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
 from visionattn.ops.depthwise import eager
 
 
 def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether there are kernels for a map ``[B, H, W, C]`` and all these weights, and nothing has to see the calls."""
-    return launches(x) and x.numel() > x.shape[3] and all(eager.serves(x, w, None, None) for w in weights)
+    return (
+        launches(x)
+        and x.numel() > x.shape[3]
+        and all(w.shape[0] == x.shape[3] and w.device == x.device for w in weights)
+        and all(eager.serves(x, w, None, None) for w in weights)
+    )
 
 
 def _grid(side: int, weight: Tensor, dilation: int) -> tuple[slice, slice]:
@@ -75,7 +79,7 @@ class _BranchSum(torch.autograd.Function):
         return out, mean, variance
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, mean, inverse, factors, *weights = ctx.saved_tensors
         n, (launch, large) = len(weights), _launchers()

@@ -18,6 +18,7 @@ _KEYS = torch._C.DispatchKey
 _PASSED = torch._C.DispatchKeySet(_KEYS.AutogradCPU)
 for _key in (_KEYS.AutogradCUDA, _KEYS.AutocastCPU, _KEYS.AutocastCUDA):
     _PASSED = _PASSED | torch._C.DispatchKeySet(_key)
+_VIEWS = torch._C.DispatchKeySet(_KEYS.ADInplaceOrView)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,6 +26,14 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _like(out: Tensor, x: Tensor) -> Tensor:
+    """``out [N, D]`` as ``[..., D]`` for ``x [..., C]``, not known as a view: autograd lets nobody change those."""
+    if x.dim() == 2:
+        return out
+    with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+        return out.view(*x.shape[:-1], -1)
 
 
 def _grad_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +69,7 @@ class _Linear(torch.autograd.Function):
             out = F.linear(rows, w, b)
             ctx.save_for_backward(rows if wanted[1] else None, w if wanted[0] else None)
             ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-            return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+            return _like(out, x)
 
     @staticmethod
     @differentiable_once
@@ -110,7 +119,7 @@ class _Mlp(torch.autograd.Function):
             )
             ctx.shape = x.shape
             ctx.dtypes = [None if y is None else y.dtype for y in (x, weight1, bias1, weight2, bias2)]
-            return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+            return _like(out, x)
 
     @staticmethod
     @differentiable_once
