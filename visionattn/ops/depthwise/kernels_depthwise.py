@@ -61,8 +61,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Convolution, bias and residual of one tile.
 
-    The taps lie ``tap_step`` apart from ``tap_first`` on, which turns the kernel around for the gradient. The first ``biased`` channels have a bias and the first ``added`` rows a residual: all or none. Programs that read
-    the same rows are neighbours. ``EVEN`` slices have all their channels.
+    The taps lie ``tap_step`` apart from ``tap_first`` on, which turns the kernel around for the gradient. The first
+    ``biased`` channels have a bias and the first ``added`` rows a residual: all or none. Programs that read the same
+    rows are neighbours. ``EVEN`` slices have all their channels.
     """
     slices = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -7,10 +7,10 @@ run time, or the program would be too long for the compiler and the instruction 
 
 With a dilation the rows of a program lie that far apart, so that they share input rows all the same.
 
-Every kernel takes seconds to compile, so there are as few as can be: channels, distances, the dilation, bias, residual
-and statistics are arguments. What is known beforehand costs nothing, so where a size of map has few kernels ``STEP`` reaches the rows by constant offsets, and where ``WHOLE`` the program has all rows of the map, and
-input rows beyond the border are left out of the code. Where ``FULL`` all rows of all tiles are on the map, so that only
-the rows around them may lie outside.
+Every kernel takes seconds to compile, so there are as few as can be: channels, bias, residual, direction and statistics
+are arguments. What is known beforehand costs nothing, so for the first sizes of maps ``STEP`` reaches the rows by
+constant offsets, and where ``WHOLE`` the program has all rows of the map, and input rows beyond the border are left out
+of the code. Where ``FULL`` all rows of all tiles are on the map, so that only the rows around them may lie outside.
 
 The compiler's own time goes with the square of the operations of a loop and with every index into a tuple, hence
 ``tl.fma`` (which the sums became anyway) and loops over just those rows that a value reaches.
@@ -70,9 +70,9 @@ def large_kernel(
     """Convolution, bias and residual of one tile.
 
     ``taps`` is float32 ``[KH * KW, C]``; they lie ``tap_step`` apart from ``tap_first`` on, which turns the kernel
-    around for the gradient. The first ``biased`` channels have a bias and the first ``added`` rows a
-    residual: all or none. Programs that read the same rows are neighbours. ``statistics`` does not keep the result but
-    its sums and those of its squares, ``sums [programs, 2, C]`` in float32. ``EVEN`` slices have all their channels.
+    around for the gradient. The first ``biased`` channels have a bias and the first ``added`` rows a residual: all or
+    none. Programs that read the same rows are neighbours. ``statistics`` does not keep the result but its sums and
+    those of its squares, ``sums [programs, 2, C]`` in float32. ``EVEN`` slices have all their channels.
     """
     slices = tl.cdiv(C, BLOCK_C)
     ragged: tl.constexpr = not (WHOLE or FULL)
