@@ -1,4 +1,4 @@
-"""Every Triton kernel of the routing operators once or more at small awkward sizes, for NVIDIA's compute-sanitizer.
+"""Every Triton kernel once or more at small awkward sizes, for NVIDIA's compute-sanitizer.
 
 The first call compiles, so that the sanitizer only watches::
 
@@ -13,7 +13,21 @@ Without a GPU it runs in Triton's interpreter, TRITON_INTERPRET=1, with float16 
 
 import torch
 
-from visionattn.ops import region_mean, routed_attention, topk_regions, use_backend
+from visionattn.ops import (
+    add_layer_norm,
+    depthwise_conv,
+    layer_norm,
+    linear,
+    mlp,
+    neighborhood_attention,
+    neighborhood_sum,
+    region_mean,
+    routed_attention,
+    topk_regions,
+    use_backend,
+)
+from visionattn.ops.depthwise.branches import branch_sum
+from visionattn.ops.routing.packed import packed_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -57,8 +71,113 @@ def run(name: str) -> None:
         raise ValueError(f"{name}: values that are not finite")
 
 
+def leaf(*shape: int, dtype: torch.dtype = FULL) -> torch.Tensor:
+    """A random tensor that wants a gradient."""
+    return torch.randn(shape).to(DEVICE, dtype).requires_grad_()
+
+
+def norms(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
+    """Layer norm alone and behind an addition, in inference and training."""
+    x, delta, weight, bias = leaf(*shape, dtype=dtype), leaf(*shape, dtype=dtype), leaf(shape[-1]), leaf(shape[-1])
+    out = [layer_norm(x, weight, bias), *add_layer_norm(x, delta, weight, bias)]
+    with torch.no_grad():
+        layer_norm(x, weight, bias)
+        add_layer_norm(x, delta, weight, bias)
+    return [*out, *torch.autograd.grad([y.float().sin().sum() for y in out], (x, delta, weight, bias))]
+
+
+def convolutions(
+    dtype: torch.dtype, size: tuple[int, int, int], C: int, kernel: tuple[int, int], dilation: int = 1
+) -> list[torch.Tensor]:
+    """A convolution of a slice of a packed map with all its terms, one without any and one on itself."""
+    packed, weight, bias = leaf(*size, 3 * C, dtype=dtype), leaf(C, 1, *kernel), leaf(C)
+    x, residual = packed[..., C : 2 * C], packed[..., 2 * C :]
+    out = [depthwise_conv(x, weight, bias, residual, dilation), depthwise_conv(x, weight, dilation=dilation)]
+    out.append(depthwise_conv(x, weight, None, x, dilation))
+    return [*out, *torch.autograd.grad([y.float().sin().sum() for y in out], (packed, weight, bias))]
+
+
+def branches(dtype: torch.dtype, size: tuple[int, int, int], C: int) -> list[torch.Tensor]:
+    """Convolutions with a batch norm each, in training."""
+    kernels = [(7, 1), (5, 1), (3, 2), (3, 3)]
+    x, weights = leaf(*size, C, dtype=dtype), [leaf(C, 1, k, k) for k, _ in kernels]
+    scales, shifts = [leaf(C) for _ in kernels], [leaf(C) for _ in kernels]
+    out, mean, variance = branch_sum(x, weights, [d for _, d in kernels], scales, shifts, [1e-5] * len(kernels))
+    grads = torch.autograd.grad(out.float().sin().sum(), (x, *weights, *scales, *shifts))
+    return [out, mean, variance, *grads]
+
+
+def layers(dtype: torch.dtype, rows: int, C: int, hidden: int) -> list[torch.Tensor]:
+    """A linear layer and an MLP under autocast, and both in the dtype of their parameters."""
+    x, w1, b1, w2, b2 = leaf(rows, C, dtype=dtype), leaf(hidden, C), leaf(hidden), leaf(C, hidden), leaf(C)
+    with torch.autocast(DEVICE, HALF, enabled=dtype == HALF):
+        out = [linear(x, w1, b1), mlp(x, w1, b1, w2, b2), mlp(x, w1, None, w2, b2)]
+    return [*out, *torch.autograd.grad([y.float().sin().sum() for y in out], (x, w1, b1, w2, b2))]
+
+
+def packed(dtype: torch.dtype, side: int, heads: int, d: int, region: int, kernel: int) -> list[torch.Tensor]:
+    """Attention and the convolution of the values as one node."""
+    C, count = heads * d, (side // region) ** 2
+    qkv, weight, bias = leaf(1, side, side, 3 * C, dtype=dtype), leaf(C, 1, kernel, kernel), leaf(C)
+    index = torch.arange(count, dtype=torch.int32, device=DEVICE).reshape(1, 1, count, 1)
+    out = packed_attention(qkv, index, weight, bias, heads, (region, region), d**-0.5)
+    return [out, *torch.autograd.grad(out.float().sin().sum(), (qkv, weight, bias))]
+
+
+def neighbours(
+    dtype: torch.dtype, size: tuple[int, int, int], heads: int, d: int, kernel: int, dilation: int, biased: bool
+) -> list[torch.Tensor]:
+    """Neighbourhood attention on slices of a packed projection."""
+    qkv, bias = leaf(*size, 3, heads, d, dtype=dtype), leaf(heads, 2 * kernel - 1, 2 * kernel - 1)
+    out = neighborhood_attention(*qkv.unbind(3), kernel, dilation, bias if biased else None)
+    grads = torch.autograd.grad(out.float().sin().sum(), (qkv, bias) if biased else (qkv,))
+    return [out, *grads]
+
+
+def sums(
+    dtype: torch.dtype, size: tuple[int, int, int], groups: int, d: int, kernels: list[int], softmax: bool
+) -> list[torch.Tensor]:
+    """Sums of windows with given weights, as logits with a bias where there is a softmax."""
+    B, H, W = size
+    logits = leaf(B, sum(k * k for k in kernels), groups, H, W, dtype=dtype)
+    value, biases = leaf(B, H, W, len(kernels) * groups, d, dtype=dtype), []
+    if softmax:
+        biases = [leaf(groups, 2 * k - 1, 2 * k - 1) for k in kernels]
+    out = neighborhood_sum(logits, value, kernels, biases or None, softmax)
+    return [out, *torch.autograd.grad(out.float().sin().sum(), (logits, value, *biases))]
+
+
+OTHERS = {
+    "norm": lambda: norms(HALF, 2, 5, 64),
+    "norm, ragged": lambda: norms(FULL, 3, 33),
+    "convolution": lambda: convolutions(HALF, (1, 6, 8), 64, (3, 3)),
+    "convolution, ragged": lambda: convolutions(FULL, (2, 5, 7), 10, (5, 3)),
+    "large convolution": lambda: convolutions(HALF, (1, 6, 5), 16, (7, 7)),
+    "large convolution, ragged": lambda: convolutions(FULL, (2, 30, 3), 5, (9, 7)),
+    "dilated convolution": lambda: convolutions(FULL, (1, 7, 5), 33, (3, 3), 2),
+    "dilation beyond the map": lambda: convolutions(HALF, (1, 4, 5), 3, (3, 3), 7),
+    "branches": lambda: branches(HALF, (2, 7, 6), 16),
+    "branches, ragged": lambda: branches(FULL, (2, 5, 9), 5),
+    "linear": lambda: layers(HALF, 40, 32, 96),
+    "linear, ragged": lambda: layers(FULL, 9, 10, 33),
+    "packed attention": lambda: packed(HALF, 8, 2, 16, 4, 3),
+    "packed attention, ragged": lambda: packed(FULL, 10, 1, 10, 5, 5),
+    "neighbours": lambda: neighbours(HALF, (1, 8, 8), 2, 16, 3, 1, False),
+    "neighbours, bias, ragged": lambda: neighbours(FULL, (2, 7, 9), 1, 10, 5, 1, True),
+    "neighbours, dilated": lambda: neighbours(FULL, (1, 7, 8), 1, 8, 3, 2, False),
+    "neighbours, dilated, bias": lambda: neighbours(HALF, (1, 9, 7), 2, 24, 3, 2, True),
+    "window sums": lambda: sums(HALF, (2, 7, 7), 2, 16, [3, 5], True),
+    "window sums, ragged": lambda: sums(FULL, (1, 5, 9), 1, 10, [3, 5], True),
+    "window sums, no softmax": lambda: sums(FULL, (1, 6, 5), 2, 7, [3], False),
+}
+
+
 if __name__ == "__main__":
     with use_backend("triton"):
         for case in CASES:
             run(case)
+            print(case)
+        for case, function in OTHERS.items():
+            if not all(x.isfinite().all() for x in function()):
+                raise ValueError(f"{case}: values that are not finite")
             print(case)

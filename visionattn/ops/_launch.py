@@ -128,8 +128,8 @@ def sum_programs(partial: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     key = partial.shape, weight.dtype, None if bias is None else bias.dtype, partial.device
     launch = _sums.get(key)
     if launch is None:
-        constants = dict(TAPS=rows - 1, BIAS=bias is not None, BLOCK_N=128, BLOCK_C=32)
+        integers, constants = (programs, C, rows - 1, int(bias is not None)), dict(BLOCK_N=128, BLOCK_C=32)
         grid = rows - (bias is None), triton.cdiv(C, 32)  # without a bias nobody may have written its row
-        launch = _sums.keep(key, Launch(kernels_sums.sum_kernel, grid, (programs, C), constants))
+        launch = _sums.keep(key, Launch(kernels_sums.sum_kernel, grid, integers, constants))
     launch(partial, dweight, dweight if dbias is None else dbias)
     return dweight, dbias

@@ -99,7 +99,7 @@ class _BranchSum(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = launch.forward(dy, w * factor, None, dx, flip=True, dilation=d)
             if ctx.needs_input_grad[3 + i]:
-                dweights[i] = launch.weight_grad(dy, x, w, None, d)[0] * factor
+                dweights[i] = launch.weight_grad(dy, x, w, mean[0] if i == 0 else None, d)[0] * factor
         grads = (*dweights, *dscale, *([total] * n))
         cast = (None if y is None else y.to(dtype) for y, dtype in zip(grads, ctx.dtypes, strict=True))
         return None if dx is None else dx.to(x.dtype), None, None, *cast

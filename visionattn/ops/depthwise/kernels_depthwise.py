@@ -10,21 +10,30 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def arrange_kernel(weight_ptr, out_ptr, C, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Weight ``[C, TAPS]`` as float32 ``[TAPS, C]``, so that neighbouring channels are loaded together."""
+@triton.jit(do_not_specialize=["taps"])
+def arrange_kernel(weight_ptr, out_ptr, C, taps, BLOCK_C: tl.constexpr):
+    """Weight ``[C, taps]`` as float32 ``[taps, C]``, so that neighbouring channels are loaded together."""
     tap, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + c * TAPS + tap, mask=c < C, other=0.0)
+    weight = tl.load(weight_ptr + c * taps + tap, mask=c < C, other=0.0)
     tl.store(out_ptr + tap * C + c, weight.to(tl.float32), mask=c < C)
 
 
 @triton.jit
-def _load(pointer, there, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Values of ``BLOCK_C`` channels in float32, without a mask where all of them are there."""
-    if C % BLOCK_C == 0:
+def _load(pointer, there, EVEN: tl.constexpr):
+    """Values of some channels in float32, without a mask where all of them are there."""
+    if EVEN:
         return tl.load(pointer).to(tl.float32)
     else:
         return tl.load(pointer, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _whole(pixels, channels, EVEN: tl.constexpr):
+    """The mask of a tile from those of its pixels and of its channels ``[1, BLOCK_C]``, where not all of them exist."""
+    if EVEN:
+        return pixels[:, None]
+    else:
+        return pixels[:, None] & channels
 
 
 @triton.jit
@@ -44,85 +53,88 @@ def _tile(number, B, W, strips, ROWS: tl.constexpr, BLOCK_P: tl.constexpr):
     return (number % strips) * ROWS, (pixel // W).to(tl.int64), pixel % W, pixel < B * W
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "W", "strips", "biased", "added"])
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, r_sb, r_sh, r_sw, B, H, W, strips,
-    x_sw: tl.constexpr, out_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, x_sb, x_sh, x_sw, r_sb, r_sh, r_sw, out_sw,
+    tap_first, tap_step, B, H, W, C, strips, biased, added, KH: tl.constexpr, KW: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Convolution, bias and residual of one tile, FLIP with the kernel turned around, which gives the gradient.
+    """Convolution, bias and residual of one tile.
 
-    Programs that read the same rows are neighbours.
+    The taps lie ``tap_step`` apart from ``tap_first`` on, which turns the kernel around for the gradient. The first
+    ``biased`` channels have a bias and the first ``added`` rows a residual: all or none. Programs that read the same
+    rows are neighbours. ``EVEN`` slices have all their channels.
     """
-    slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    slices = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
     first, image, column, inside = _tile(tl.program_id(0) // slices, B, W, strips, ROWS, BLOCK_P)
     channels = (c < C)[None, :]
-    x_ptr += (image * x_sb + column * x_sw)[:, None] + c[None, :]
+    x_ptr += (image * x_sb + (column - KW // 2) * x_sw)[:, None] + c[None, :]
     x_rows, x_there, acc = (), (), ()
     for i in tl.static_range(ROWS + KH - 1):
         y = first + i - KH // 2
         x_rows, x_there = x_rows + (x_ptr + y.to(tl.int64) * x_sh,), x_there + ((y >= 0) & (y < H),)
     start = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    if BIAS:
-        start += _load(bias_ptr + c, c < C, C, BLOCK_C)[None, :]
+    start += tl.load(bias_ptr + c, mask=c < biased, other=0.0).to(tl.float32)[None, :]
     for _ in tl.static_range(ROWS):
         acc = acc + (start,)
     for dx in tl.static_range(KW):
         there, taps = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W), ()
         for dy in tl.static_range(KH):
-            tap_ptr = weight_ptr + (KH * KW - 1 - dy * KW - dx if FLIP else dy * KW + dx) * C
-            taps = taps + (_load(tap_ptr + c, c < C, C, BLOCK_C)[None, :],)
+            taps = taps + (_load(weight_ptr + tap_first + (dy * KW + dx) * tap_step + c, c < C, EVEN)[None, :],)
         for i in tl.static_range(ROWS + KH - 1):
-            mask = (there & x_there[i])[:, None] & channels
-            x = _float32(tl.load(x_rows[i] + (dx - KW // 2) * x_sw, mask=mask, other=0.0))
-            for dy in tl.static_range(KH):
-                if i >= dy and i - dy < ROWS:
-                    acc = acc[: i - dy] + (acc[i - dy] + x * taps[dy],) + acc[i - dy + 1 :]
+            mask, reached = _whole(there & x_there[i], channels, EVEN), ()
+            x = _float32(tl.load(x_rows[i] + dx * x_sw, mask=mask, other=0.0))
+            for r in tl.static_range(i - KH + 1 if i >= KH else 0, i + 1 if i < ROWS else ROWS):
+                reached = reached + (tl.fma(x, taps[i - r], acc[r]),)
+            acc = acc[: i - KH + 1 if i >= KH else 0] + reached + acc[i + 1 if i < ROWS else ROWS :]
     for r in tl.static_range(ROWS):
-        y, out = first + r, acc[r]
-        mask = (inside & (y < H))[:, None] & channels
-        if RESIDUAL:
-            where = image * r_sb + y.to(tl.int64) * r_sh + column * r_sw
-            out += _float32(tl.load(residual_ptr + where[:, None] + c[None, :], mask=mask, other=0.0))
+        y = first + r
+        mask = _whole(inside & (y < H), channels, EVEN)
+        where = (image * r_sb + y.to(tl.int64) * r_sh + column * r_sw)[:, None] + c[None, :]
+        out = acc[r] + _float32(tl.load(residual_ptr + where, mask=mask & (y < added), other=0.0))
         where = (image * H + y) * W + column
         tl.store(out_ptr + where[:, None] * out_sw + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "W", "strips", "tiles"])
 def weight_grad_kernel(
-    x_ptr, grad_ptr, partial_ptr, x_sb, x_sh, g_sb, g_sh, g_sw, B, H, W, strips, tiles,
-    x_sw: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, grad_ptr, partial_ptr, x_sb, x_sh, x_sw, g_sb, g_sh, g_sw, B, H, W, C, strips, tiles,
+    KH: tl.constexpr, KW: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight and bias over every so many-th tile, as ``partial [programs, KH * KW + 1, C]``."""
-    slices: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    slices = tl.cdiv(C, BLOCK_C)
     program, c = tl.program_id(0) // slices, tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels, sums = (c < C)[None, :], ()
-    for _ in tl.static_range(KH * KW + 1):
-        sums = sums + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
+    channels, sums, bias = (c < C)[None, :], (), tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for _ in tl.static_range(KH * KW):
+        sums = sums + (bias,)
     for tile in range(program, tiles, tl.num_programs(0) // slices):
         first, image, column, inside = _tile(tile, B, W, strips, ROWS, BLOCK_P)
-        x_tile = x_ptr + (image * x_sb + column * x_sw)[:, None] + c[None, :]
+        x_tile = x_ptr + (image * x_sb + (column - KW // 2) * x_sw)[:, None] + c[None, :]
         g_tile = grad_ptr + (image * g_sb + column * g_sw)[:, None] + c[None, :]
-        grads = ()
+        grads, new = (), ()
         for r in tl.static_range(ROWS):
-            mask = (inside & (first + r < H))[:, None] & channels
+            mask = _whole(inside & (first + r < H), channels, EVEN)
             grads = grads + (_float32(tl.load(g_tile + (first + r).to(tl.int64) * g_sh, mask=mask, other=0.0)),)
-            sums = sums[: KH * KW] + (sums[KH * KW] + grads[r],)
+            bias += grads[r]
         x_rows, x_there = (), ()
         for i in tl.static_range(ROWS + KH - 1):
             y = first + i - KH // 2
             x_rows, x_there = x_rows + (x_tile + y.to(tl.int64) * x_sh,), x_there + ((y >= 0) & (y < H),)
         for dx in tl.static_range(KW):
             there = inside & (column + (dx - KW // 2) >= 0) & (column + (dx - KW // 2) < W)
+            of_column = sums[dx * KH : dx * KH + KH]
             for i in tl.static_range(ROWS + KH - 1):
-                mask = (there & x_there[i])[:, None] & channels
-                x = _float32(tl.load(x_rows[i] + (dx - KW // 2) * x_sw, mask=mask, other=0.0))
-                for dy in tl.static_range(KH):
-                    if i >= dy and i - dy < ROWS:
-                        total = sums[dy * KW + dx] + x * grads[i - dy]
-                        sums = sums[: dy * KW + dx] + (total,) + sums[dy * KW + dx + 1 :]
-    for t in tl.static_range(KH * KW + 1):
-        where = (program * (KH * KW + 1) + t) * C + c
-        tl.store(partial_ptr + where, tl.sum(sums[t], 0), mask=c < C)
+                mask, reached = _whole(there & x_there[i], channels, EVEN), ()
+                x = _float32(tl.load(x_rows[i] + dx * x_sw, mask=mask, other=0.0))
+                for dy in tl.static_range(i - ROWS + 1 if i >= ROWS else 0, i + 1 if i < KH else KH):
+                    reached = reached + (tl.fma(x, grads[i - dy], of_column[dy]),)
+                before = of_column[: i - ROWS + 1 if i >= ROWS else 0]
+                of_column = before + reached + of_column[i + 1 if i < KH else KH :]
+            new = new + of_column
+        sums = new
+    row = program * (KH * KW + 1)
+    for t in tl.static_range(KH * KW):
+        tl.store(partial_ptr + (row + t % KH * KW + t // KH) * C + c, tl.sum(sums[t], 0), mask=c < C)
+    tl.store(partial_ptr + (row + KH * KW) * C + c, tl.sum(bias, 0), mask=c < C)

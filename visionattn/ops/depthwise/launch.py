@@ -28,18 +28,16 @@ def _tile(C: int, values: int) -> dict[str, int]:
 
 
 class _Sizes:
-    """What the kernels are told about a map ``[B, H, W, C]``, another one, and the division into tiles.
+    """What the kernels are told about a map ``[B, H, W, C]``, another one, and the division into tiles."""
 
-    The step to the next pixel is a constant, so that neighbours are reached without arithmetic.
-    """
-
-    def __init__(self, x: Tensor, other: Tensor, weight: Tensor, values: int):
+    def __init__(self, x: Tensor, weight: Tensor, values: int):
         B, H, W, C = x.shape
         blocks = _tile(C, values)
         strips, self.slices = triton.cdiv(H, ROWS), triton.cdiv(C, blocks["BLOCK_C"])
         self.tiles = strips * triton.cdiv(B * W, blocks["BLOCK_P"])
-        self.integers = *x.stride()[:2], *other.stride()[:3], B, H, W, strips
-        self.constants = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], **blocks)
+        self.integers = B, H, W, C, strips
+        even = C % blocks["BLOCK_C"] == 0
+        self.constants = dict(KH=weight.shape[2], KW=weight.shape[3], EVEN=even, **blocks)
 
 
 def arrange(weight: Tensor) -> Tensor:
@@ -48,9 +46,9 @@ def arrange(weight: Tensor) -> Tensor:
     key = weight.shape, weight.dtype, weight.device
     launch = _arrange.get(key)
     if launch is None:
-        constants = dict(TAPS=taps, BLOCK_C=128)
-        grid = taps, triton.cdiv(C, 128)
-        launch = _arrange.keep(key, Launch(kernels_depthwise.arrange_kernel, grid, (C,), constants, num_warps=1))
+        grid, integers = (taps, triton.cdiv(C, 128)), (C, taps)
+        launch = Launch(kernels_depthwise.arrange_kernel, grid, integers, dict(BLOCK_C=128), num_warps=1)
+        _arrange.keep(key, launch)
     arranged = torch.empty((taps, C), dtype=torch.float32, device=weight.device)
     launch(weight.contiguous(), arranged)
     return arranged
@@ -59,10 +57,11 @@ def arrange(weight: Tensor) -> Tensor:
 def _plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool, distance: int, _: int
 ) -> Launch:
-    sizes = _Sizes(x, x if residual is None else residual, weight, 1024)
-    constants = dict(**sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
-    constants["out_sw"] = distance
-    return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), sizes.integers, constants)
+    sizes, other = _Sizes(x, weight, 1024), x if residual is None else residual
+    terms = 0 if bias is None else x.shape[3], 0 if residual is None else x.shape[1]
+    taps = launch_large.order(weight, flip)
+    integers = *x.stride()[:3], *other.stride()[:3], distance, *taps, *sizes.integers, *terms
+    return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), integers, sizes.constants)
 
 
 def forward(
@@ -103,12 +102,17 @@ def forward(
     kind = None if bias is None else bias.dtype
     like = None if residual is None else layout(residual)
     key = layout(x), weight.shape, kind, like, flip, dilation, distance, out.dtype
+    unrolled = _unrolled(weight, dilation)
     launch = _forward.get(key)
     if launch is None:
-        plan = _plan if _unrolled(weight, dilation) else launch_large.forward_plan
+        plan = _plan if unrolled else launch_large.forward_plan
         launch = _forward.keep(key, plan(x, weight, bias, residual, flip, distance, dilation))
     arranged = arrange(weight) if arranged is None else arranged
-    launch(x, arranged, arranged if bias is None else bias.contiguous(), x if residual is None else residual, out)
+    bias, residual = arranged if bias is None else bias.contiguous(), x if residual is None else residual
+    if unrolled:
+        launch(x, arranged, bias, residual, out)
+    else:
+        launch(x, arranged, bias, residual, out, arranged)  # no statistics
     return out
 
 
@@ -123,9 +127,10 @@ def weight_grad(
         launch, programs = launch_large.weight_grad_plan(grad, x, weight, bias, dilation)
         _weight_grad.keep(key, (launch, programs))
     elif launch is None:
-        sizes = _Sizes(x, grad, weight, 512)
+        sizes = _Sizes(x, weight, 512)
         programs = min(sizes.tiles, max(1, PROGRAMS // sizes.slices))
-        grid, integers = (programs * sizes.slices,), (*sizes.integers, sizes.tiles)
+        grid = (programs * sizes.slices,)
+        integers = *x.stride()[:3], *grad.stride()[:3], *sizes.integers, sizes.tiles
         launch = Launch(kernels_depthwise.weight_grad_kernel, grid, integers, sizes.constants)
         _weight_grad.keep(key, (launch, programs))
     taps = weight.shape[2] * weight.shape[3]

@@ -12,7 +12,9 @@ from visionattn.ops.depthwise import kernels_large
 WARPS = 4  # of a program
 VALUES = 64  # of its tile in one row for each of them: two for a thread
 WHOLE = 28  # rows of a map at most that one program takes alone
-ROWS = (16, 14, 12, 10)  # of a program's tile else
+ROWS = (16, 14, 12, 10, 7, 5, 4)  # of a program's tile else
+COLUMNS = (4, 3, 2)  # of a kernel in a thread of the weight gradient
+LOADS = 84  # of such a thread at most in one tile: the compiler's time goes with their square
 SUMS = 38  # of one channel in a thread of the weight gradient
 PROGRAMS = 792  # of the weight gradient, all slices together: six for each of 132 processors
 PARTIAL = 32 << 20  # bytes of their sums
@@ -37,12 +39,15 @@ def _compiled_for(*maps: Tensor) -> bool:
     return size in _sizes
 
 
-def _rows(height: int, dilation: int) -> int:
-    """Rows of a tile: few beyond the end of the map, and not many different numbers."""
+def _rows(height: int, side: int, dilation: int) -> int:
+    """Rows of a tile: not many different numbers, since each is a kernel to compile, and the least work with them.
+
+    That is one unit for a row of the result and half a one for a row of the map, which are ``side - 1`` more.
+    """
     rows = triton.cdiv(height, dilation)
-    if rows <= (WHOLE if dilation == 1 else ROWS[0]):
+    if dilation == 1 and rows <= WHOLE:
         return rows
-    return min(ROWS, key=lambda count: triton.cdiv(rows, count) * count)
+    return min(ROWS, key=lambda count: triton.cdiv(rows, count) * (3 * count + side - 1))
 
 
 def _channels(C: int) -> int:
@@ -50,23 +55,30 @@ def _channels(C: int) -> int:
     return min((64, 32, 16), key=lambda block: triton.cdiv(C, block) * block)
 
 
+def order(weight: Tensor, flip: bool) -> tuple[int, int]:
+    """Where the first of the arranged values of a kernel lies and how far apart they are; ``flip`` goes backwards."""
+    C, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
+    return ((taps - 1) * C, -C) if flip else (0, C)
+
+
 class _Sizes:
     """What both kernels are told about a map ``[B, H, W, C]`` and the division into tiles."""
 
     def __init__(self, x: Tensor, weight: Tensor, dilation: int, step: bool):
         B, H, W, C = x.shape
-        rows, block_c = _rows(H, dilation), _channels(C)
+        side = weight.shape[2]
+        rows, block_c = _rows(H, side, dilation), _channels(C)
         strips, self.slices = triton.cdiv(triton.cdiv(H, dilation), rows), triton.cdiv(C, block_c)
-        self.strips, self.integers = strips * dilation, (B, H, W, strips)
+        self.strips, self.integers = strips * dilation, (B, H, W, C, strips, dilation)
         self.lanes = VALUES * WARPS // block_c
         self.programs = triton.cdiv(B * W, self.lanes) * self.strips
-        kernel = dict(x_sw=x.stride(2), C=C, KH=weight.shape[2], KW=weight.shape[3], DILATION=dilation)
-        whole = step and dilation == 1 and rows == H
         self.constants = dict(
-            kernel,
-            STEP=x.stride(1) if step else 0,
-            WHOLE=whole,
+            KH=side,
+            KW=weight.shape[3],
+            STEP=x.stride(1) * dilation if step else 0,
+            WHOLE=step and dilation == 1 and rows == H,
             FULL=H % (rows * dilation) == 0,
+            EVEN=C % block_c == 0,
             ROWS=rows,
             BLOCK_C=block_c,
         )
@@ -86,22 +98,23 @@ def forward_plan(
 
     Pixels of the result are ``distance`` values apart.
     """
+    _, H, _, C = x.shape
     sizes = _Sizes(x, weight, dilation, _compiled_for(x))
     other = x if residual is None else residual
-    integers = *x.stride()[:2], *other.stride()[:3], *sizes.integers
-    constants = dict(sizes.constants, BIAS=bias is not None, RESIDUAL=residual is not None, FLIP=flip)
-    constants.update(BLOCK_P=sizes.lanes, STATISTICS=statistics, out_sw=distance)
+    terms = 0 if bias is None else C, 0 if residual is None else H, int(statistics)
+    integers = *x.stride()[:3], *other.stride()[:3], distance, *order(weight, flip), *sizes.integers, *terms
+    constants = dict(sizes.constants, BLOCK_P=sizes.lanes)
     grid = (sizes.programs * sizes.slices,)
     return Launch(kernels_large.large_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
 
 
 def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> tuple[Launch, int]:
     """The launch of a weight's gradient, see ``launch.weight_grad``, and how many sums it leaves of every value."""
-    step = _compiled_for(x, grad)
-    sizes = _Sizes(x, weight, dilation, step)
+    sizes = _Sizes(x, weight, dilation, _compiled_for(x, grad))
     kh, kw = weight.shape[2:]
-    blocks = triton.cdiv(kw, max(1, SUMS // kh))
-    columns = triton.cdiv(kw, blocks)
+    few = [n for n in COLUMNS if n <= kw and n * kh <= SUMS and n * sizes.constants["ROWS"] <= LOADS]
+    columns = min(few, key=lambda n: triton.cdiv(kw, n) * n, default=1)
+    blocks = triton.cdiv(kw, columns)
     block_d = 2 if blocks % 2 == 0 else 1
     block_p, blocks = sizes.lanes // block_d, blocks // block_d
     across = triton.cdiv(x.shape[0] * x.shape[2], block_p)
@@ -109,8 +122,11 @@ def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     chunks = min(PROGRAMS // (sizes.slices * blocks), room) // sizes.strips
     share = triton.cdiv(across, max(1, chunks))
     programs = triton.cdiv(across, share) * sizes.strips
-    integers = *x.stride()[:2], *grad.stride()[:3], *sizes.integers, across, share
-    constants = dict(sizes.constants, G_STEP=grad.stride(1) if step else 0, BIAS=bias is not None)
+    integers = *x.stride()[:3], *grad.stride()[:3], *sizes.integers, across, share
+    constants = dict(
+        sizes.constants, G_STEP=grad.stride(1) * dilation if sizes.constants["STEP"] else 0, BIAS=bias is not None
+    )
+    constants["X_STEP"] = x.stride(2) * dilation if sizes.constants["STEP"] else 0
     constants.update(COLUMNS=columns, BLOCK_D=block_d, BLOCK_P=block_p)
     grid = (programs * sizes.slices * blocks,)
     launch = Launch(kernels_large.large_weight_grad_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
@@ -133,5 +149,5 @@ def statistics(x: Tensor, weight: Tensor, arranged: Tensor, dilation: int) -> Te
         launch = forward_plan(x, weight, None, None, False, x.shape[3], dilation, statistics=True)
         _statistics.keep(key, (launch, programs))
     sums = torch.empty((programs, 2, x.shape[3]), dtype=torch.float32, device=x.device)
-    launch(x, arranged, arranged, x, sums)
+    launch(x, arranged, arranged, x, x, sums)  # which stores no result: of the dtype of one it shares the kernel
     return sums.sum(0, dtype=torch.float64)

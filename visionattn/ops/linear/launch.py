@@ -88,9 +88,8 @@ class _Plan:
         integers = distance, N, width, 0
         self.sum = Launch(kernels_linear.column_sum_kernel, (slices, self.programs), integers, constants)
         self.gelu = _gelu(N, widths[-1], self.programs, width, width - widths[-1])
-        constants = dict(TAPS=0, BIAS=True, BLOCK_N=128, BLOCK_C=32)
-        grid = 1, triton.cdiv(width, 32)
-        self.fold = Launch(kernels_sums.sum_kernel, grid, self.shape, constants)
+        grid, integers = (1, triton.cdiv(width, 32)), (*self.shape, 0, 1)
+        self.fold = Launch(kernels_sums.sum_kernel, grid, integers, dict(BLOCK_N=128, BLOCK_C=32))
 
 
 def _gelu(N: int, C: int, programs: int = 0, width: int = 0, first: int = 0) -> Launch:
