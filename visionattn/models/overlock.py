@@ -165,11 +165,11 @@ class DynamicConvBlock(nn.Module):
             x, context = x.split(self.dims, dim=1)
             x = torch.cat((x, self.context_scale(context) + self.prior_scale(prior)), dim=1)
         x = self.dwconv1(x)
-        normed = self.norm1(x) if torch.jit.is_scripting() else on_map(self.norm1, x)
-        x = self.ls1(x) + self.drop_path(self._mixed(normed))
+        y = self._mixed(self.norm1(x) if torch.jit.is_scripting() else on_map(self.norm1, x))
+        x = self.ls1(x) + self.drop_path(y)
         x = self.dwconv2(x)
-        normed = self.norm2(x) if torch.jit.is_scripting() else on_map(self.norm2, x)
-        return self.ls2(x) + self.drop_path(self.mlp(normed))
+        y = self.mlp(self.norm2(x) if torch.jit.is_scripting() else on_map(self.norm2, x))
+        return self.ls2(x) + self.drop_path(y)
 
     def _mixed(self, x: Tensor) -> Tensor:
         query, context = x.split(self.dims, dim=1)

@@ -1,7 +1,7 @@
 """Speed and memory of whole models side by side: inference, feature maps, and steps of training."""
 
+import logging
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +22,7 @@ import visionattn
 from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
 from visionattn.tasks.timing import capture, times_in_turn
 
+_logger = logging.getLogger("visionattn")
 FOLDED = ":folded"
 MODES = ("inference", "training", "features")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -199,7 +200,7 @@ def _rows(names: list[str], mode: str, settings: Settings) -> list[dict[str, Any
     for name in names:
         start = time.perf_counter()
         prepared[name] = _prepare(name, mode, settings)  # compiles kernels, which can take minutes the first time
-        print(f"{name}, {mode}: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        _logger.info("%s, %s: ready after %.0f s", name, mode, time.perf_counter() - start)
     calls = {(name, n): step for name, (steps, _) in prepared.items() for n, step in steps.items()}
     seconds = times_in_turn(calls, settings.rounds, settings.device)
     rows = []
@@ -209,7 +210,7 @@ def _rows(names: list[str], mode: str, settings: Settings) -> list[dict[str, Any
         row["model_kwargs"] = " ".join(f"{key}={value}" for key, value in settings.model_kwargs.items())
         row |= dict(median_ms=1e3 * statistics.median(batch), fastest_ms=1e3 * min(batch))
         row["images_per_s"] = settings.batch / statistics.median(batch)
-        print(f"{name}, {mode}: {row['images_per_s']:.0f} images/s", file=sys.stderr, flush=True)
+        _logger.info("%s, %s: %.0f images/s", name, mode, row["images_per_s"])
         if (name, 1) in seconds:
             row["one_image_ms"] = 1e3 * statistics.median(seconds[name, 1])
         rows.append({key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()})
