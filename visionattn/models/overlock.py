@@ -4,8 +4,7 @@ The Base-Net, three stages, feeds a small Overview-Net, whose map is the context
 the Base-Net's map, with dynamic convolutions that take their kernels from the context.
 
 Paper: OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels, Lou and Yu, CVPR 2025,
-arXiv:2502.20087.
-Code: https://github.com/LMMMEng/OverLoCK (Apache-2.0), ``models/overlock.py``.
+arXiv:2502.20087. Code: https://github.com/LMMMEng/OverLoCK (Apache-2.0), ``models/overlock.py``.
 
 Departures: the auxiliary classifier is left out unless asked for, and where a map is smaller than a dynamic kernel its
 longer side is scaled exactly (floating point loses a pixel at some shapes from 9:1 on).

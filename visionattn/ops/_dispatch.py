@@ -93,7 +93,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             given = backward(ctx, *grads)
-        found = [None if x is None else x.detach().requires_grad_() for x in given]
+        found: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given]
         message = b"trying to differentiate twice a function that was marked with @once_differentiable"
         return torch._C._functions.DelayedError(message, len(found))(*found)
 
