@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import autocast_dtype, launcher, launches
+from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
 
 
 class _NeighborhoodAttention(torch.autograd.Function):
@@ -34,7 +33,7 @@ class _NeighborhoodAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         run, saved = launcher("neighborhood").backward, ctx.saved_tensors
         return (*run(grad_out, None, *saved, *ctx.rest, bias_grad=ctx.needs_input_grad[3]), None, None, None)

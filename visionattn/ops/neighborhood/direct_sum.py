@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from visionattn.ops._dispatch import autocast_dtype, launcher, launches
+from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
 
 
 class _NeighborhoodSum(torch.autograd.Function):
@@ -26,7 +25,7 @@ class _NeighborhoodSum(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         run, wanted = launcher("neighborhood", "launch_sum").backward, ctx.needs_input_grad[2]
         dlogits, dvalue, dbias = run(grad_out, None, *ctx.saved_tensors, *ctx.rest, bias_grad=wanted)
