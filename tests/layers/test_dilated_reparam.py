@@ -113,6 +113,22 @@ def test_half_precision_under_autocast(together):
         assert_close(name, expected[name], grad, 1e-2)
 
 
+def test_variances_hold_where_means_are_large(together):
+    """Kernels of one value give every pixel the same mean, some hundred deviations."""
+    layer, _ = prepared(5)
+    for branch in (layer.large, *layer.dilated.values()):
+        weight = branch[0].weight
+        with torch.no_grad():
+            weight.zero_()[:, :, weight.shape[2] // 2, weight.shape[3] // 2] = 0.7
+    x = torch.randn(2, 16, 12, 5, device=DEVICE).add(500.0).permute(0, 3, 1, 2)
+    expected, other = trained(copy.deepcopy(layer).double(), x.double(), "eager"), copy.deepcopy(layer)
+    modules, actual = trained(other, x, "eager"), trained(layer, x, "triton")
+    assert len(together) == 1
+    for name in ("out", "x", *(name for name in expected if name.endswith("running_var"))):
+        errors = [(found[name] - expected[name]).abs().max() for found in (modules, actual)]
+        assert errors[1] <= 2 * errors[0] + 1e-6 * expected[name].abs().max(), name
+
+
 def test_frozen_kernels_get_no_gradient(together):
     layer, x = prepared(5)
     for branch in (layer.large, *layer.dilated.values()):

@@ -156,7 +156,7 @@ def large_convolutions(capability):
         out = depthwise.forward(x, weight, torch.empty(C), None, dilation=dilation)
         depthwise.forward(out, weight, None, out, flip=True, dilation=dilation)
         depthwise.weight_grad(out, x, weight, None, dilation)
-        launch_large.statistics(x, weight, depthwise.arrange(weight), dilation)
+        launch_large.statistics(x, weight, depthwise.arrange(weight), torch.empty(C), dilation)
 
 
 def run(capability):

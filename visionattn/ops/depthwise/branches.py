@@ -54,6 +54,14 @@ def merge(weights: Sequence[Tensor], dilations: Sequence[int], factors: Sequence
     return kernel
 
 
+def _level(x: Tensor, arranged: Sequence[Tensor]) -> Tensor:
+    """About the mean of every convolution, ``[branches, C]``, from a row of every image.
+
+    Squares are summed around it in float32: around 0 a mean of 100 deviations would leave the variance three digits.
+    """
+    return x[:, x.shape[1] // 2].mean((0, 1), dtype=torch.float32) * torch.stack([taps.sum(0) for taps in arranged])
+
+
 class _BranchSum(torch.autograd.Function):
     """The sum; besides it the statistics go out, for the running ones."""
 
@@ -63,11 +71,14 @@ class _BranchSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, (launch, large) = len(dilations), _launchers()
         x = large.channels_inside(x)
-        weights = parameters[:n]
+        weights, count = parameters[:n], x.numel() // x.shape[3]
         factors, shifts = (torch.stack(parameters[i * n : (i + 1) * n]).float() for i in (1, 2))
-        sums = [large.statistics(x, w, launch.arrange(w), d) for w, d in zip(weights, dilations, strict=True)]
-        mean, square = (torch.stack(sums) / (x.numel() // x.shape[3])).unbind(1)
-        variance = (square - mean * mean).clamp_(min=0.0)
+        arranged = [launch.arrange(w) for w in weights]
+        around = _level(x, arranged)
+        given = zip(weights, arranged, around.neg(), dilations, strict=True)
+        sums = [large.statistics(x, w, taps, shift, d) for w, taps, shift, d in given]
+        offset, square = (torch.stack(sums) / count).unbind(1)
+        mean, variance = offset + around, (square - offset * offset).clamp_(min=0.0)
         inverse = torch.stack([v + e for v, e in zip(variance, eps, strict=True)]).rsqrt().float()
         mean, variance = mean.float(), variance.float()
         factors = factors * inverse

@@ -133,21 +133,22 @@ def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     return launch, programs * block_p
 
 
-def statistics(x: Tensor, weight: Tensor, arranged: Tensor, dilation: int) -> Tensor:
-    """Sums of a convolution's result and of its squares without the result, float64 ``[2, C]``.
+def statistics(x: Tensor, weight: Tensor, arranged: Tensor, shift: Tensor, dilation: int) -> Tensor:
+    """Sums of a convolution's result plus a shift, and of the squares of that, without it: float64 ``[2, C]``.
 
     Args:
         x: Map, ``[B, H, W, C]``, channels side by side.
         weight: ``[C, 1, kh, kw]``.
         arranged: ``launch.arrange(weight)``.
+        shift: float32 ``[C]``, contiguous.
         dilation: Distance of the kernel's values on the map.
     """
     key = layout(x), weight.shape, dilation
     launch, programs = _statistics.get(key) or (None, 0)
     if launch is None:
         programs = _Sizes(x, weight, dilation, False).programs
-        launch = forward_plan(x, weight, None, None, False, x.shape[3], dilation, statistics=True)
+        launch = forward_plan(x, weight, shift, None, False, x.shape[3], dilation, statistics=True)
         _statistics.keep(key, (launch, programs))
     sums = torch.empty((programs, 2, x.shape[3]), dtype=torch.float32, device=x.device)
-    launch(x, arranged, arranged, x, x, sums)  # which stores no result: of the dtype of one it shares the kernel
+    launch(x, arranged, shift, x, x, sums)  # which stores no result: of the dtype of one it shares the kernel
     return sums.sum(0, dtype=torch.float64)
