@@ -87,7 +87,7 @@ def axis(length: int, kernel: int, dilation: int, size: int, by_key: bool) -> Ax
 class Walk(NamedTuple):
     """Tiles of a map with the walks over their halos, which go row by row over ``width`` columns.
 
-    A walk is some chunks of ``block`` columns and then ``tail`` more.
+    A walk is some chunks of ``block`` columns, as many as the tile needs, and then ``parts``, the same for all tiles.
     """
 
     rows: Axis
@@ -95,7 +95,17 @@ class Walk(NamedTuple):
     height: int
     width: int
     block: int
-    tail: int
+    parts: tuple[tuple[int, int], ...]  # first column, counted from the end of the chunks, and columns
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are no chunks."""
+        return not any(map(self.chunks, self.rows.kinds))
+
+    @property
+    def rest(self) -> int:
+        """Columns of all parts."""
+        return sum(count for _, count in self.parts)
 
     @property
     def block_m(self) -> int:
@@ -104,13 +114,12 @@ class Walk(NamedTuple):
 
     def chunks(self, kind: Kind) -> int:
         """Chunks in the walk of a tile of this class of the vertical axis."""
-        full, rest = divmod(kind.columns * self.columns.columns, self.block)
-        return full + (rest > self.tail)
+        return -(-max(0, kind.columns * self.columns.columns - self.rest) // self.block)
 
     @property
     def words(self) -> int:
         """Words of 32 columns in the longest walk."""
-        return (max(map(self.chunks, self.rows.kinds)) * self.block + self.tail + 31) // 32
+        return (max(map(self.chunks, self.rows.kinds)) * self.block + self.rest + 31) // 32
 
     @property
     def classes(self) -> int:
@@ -130,12 +139,26 @@ def walk(
     tile: tuple[int, int],
     block: int,
     by_key: bool = False,
+    whole: int = 0,
 ) -> Walk:
-    """Tiles of ``tile`` rows each way with walks of ``block`` columns a step."""
+    """Tiles of ``tile`` rows each way with walks of ``block`` columns a step.
+
+    Of halos with at most ``whole`` columns everything is a part; of others what is left of the last step, if it is
+    less than a step.
+    """
     rows, columns = (axis(size[i], kernel[i], dilation[i], tile[i], by_key) for i in range(2))
-    rest = rows.columns * columns.columns % block
-    tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
-    return Walk(rows, columns, *tile, block, tail if tail < block else 0)
+    count = rows.columns * columns.columns
+    if count <= whole:
+        return Walk(rows, columns, *tile, block, _pieces(count, block))
+    rest = max(16, 1 << (count % block - 1).bit_length()) if count % block else block
+    return Walk(rows, columns, *tile, block, ((0, rest),) if rest < block else ())
+
+
+def _pieces(count: int, block: int) -> tuple[tuple[int, int], ...]:
+    """Parts of ``count`` columns and as few more as possible, powers of 2 from ``block`` down to 16."""
+    full, rest = divmod(-(-count // 16) * 16, block)
+    sizes = [block] * full + [1 << bit for bit in reversed(range(4, 31)) if rest & (1 << bit)]
+    return tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
 
 
 def table(walk: Walk, vertical: bool) -> Tensor:

@@ -86,19 +86,6 @@ def _mask(meet_ptr, rows, n0, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _largest(
-    scores, factor, meet_ptr, rows, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
-    BIAS: tl.constexpr,
-):  # fmt: skip
-    """Maximum of a row's scores in powers of 2."""
-    if BIAS:
-        found = scores * factor + _bias(meet_ptr, rows, n0, COLUMNS, COUNT)
-    else:
-        found = tl.where(_mask(meet_ptr, rows, n0, ROWS, COUNT), scores * factor, float("-inf"))
-    return tl.max(found, 1)
-
-
-@triton.jit
 def _powers(
     scores, factor, shift, meet_ptr, rows, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -169,66 +156,62 @@ def bias_tile_kernel(
 
 
 @triton.jit
-def _forward_image(
-    image, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, factor, q_sb, q_sh, q_sw, k_sb, k_sh, k_sw, v_sb, v_sh,
-    v_sw,
-    H, W, head, y, x, inside, count_y, count_x, last, step_y, step_x,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr,
-    BIAS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+def _store(
+    out_ptr, lse_ptr, acc, sums, shift, batch, head, pixels, inside, size,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of the queries of one tile, head and image."""
-    ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
-    COLUMNS: tl.constexpr = 32 * WORDS
-    ONES: tl.constexpr = PRECISION != "ieee"  # sums of what is rounded already: the matrix units are as exact
-    m, d, tail = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), last + tl.arange(0, max(TAIL, 16))
-    batch = tl.cast(image, tl.int64)
-    k_image, v_image = k_ptr + batch * k_sb, v_ptr + batch * v_sb
-    q = _read(q_ptr + batch * q_sb, y * q_sh + x * q_sw, inside, D, BLOCK_D, True)
-    if TAIL > 0:  # read ahead of the walk, which it ends
-        tail_k = _columns(k_image, tail, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
-        tail_v = _columns(v_image, tail, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
-    shift = tl.zeros([BLOCK_M], tl.float32)  # subtracted from the scores in powers of 2
-    total, acc = tl.zeros([BLOCK_M, 16 if ONES else 1], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    attempt = 0
-    while attempt < 2:
-        if (attempt == 1) | EXACT:
-            attempt = 1
-            shift += float("-inf")
-            for n0 in range(0, last, BLOCK_N):
-                n = n0 + tl.arange(0, BLOCK_N)
-                some = _columns(k_image, n, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
-                scores = tl.dot(q, tl.trans(some), input_precision=PRECISION)
-                top = _largest(scores, factor, meet_ptr, m, n0, ROWS, COLUMNS, BLOCK_N, BIAS)
-                shift = tl.maximum(shift, top)
-            if TAIL > 0:
-                scores = tl.dot(q, tl.trans(tail_k), input_precision=PRECISION)
-                shift = tl.maximum(shift, _largest(scores, factor, meet_ptr, m, last, ROWS, COLUMNS, TAIL, BIAS))
-            shift = tl.where(shift == float("-inf"), 0.0, shift)
-        total, acc = tl.zeros([BLOCK_M, 16 if ONES else 1], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for n0 in range(0, last, BLOCK_N):
-            n = n0 + tl.arange(0, BLOCK_N)
-            k = _columns(k_image, n, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
-            v = _columns(v_image, n, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = _powers(scores, factor, shift[:, None], meet_ptr, m, n0, ROWS, COLUMNS, BLOCK_N, BIAS).to(v.dtype)
-            total = _sum(p, total, ONES, PRECISION)
-            acc = tl.dot(p, v, acc, input_precision=PRECISION)
-        if TAIL > 0:
-            scores = tl.dot(q, tl.trans(tail_k), input_precision=PRECISION)
-            p = _powers(scores, factor, shift[:, None], meet_ptr, m, last, ROWS, COLUMNS, TAIL, BIAS).to(q.dtype)
-            total = _sum(p, total, ONES, PRECISION)
-            acc = tl.dot(p, tail_v, acc, input_precision=PRECISION)
-        sums = tl.max(total, 1)
-        bad = tl.max((inside & ((sums < 1e-24) | (sums > 1e30))).to(tl.int32), 0)
-        attempt += tl.where((bad > 0) & (attempt == 0), 1, 2)
-    sums = tl.where(inside, tl.max(total, 1), 1.0)
-    pixels = y * W + x
-    where = batch * (H * W * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
+    """Write output and log-sum-exp of the queries at ``pixels``, from sums of exponentials less ``shift``."""
+    d = tl.arange(0, BLOCK_D)
+    sums = tl.where(inside, sums, 1.0)
+    where = batch * (size * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
     out = (acc * (1.0 / sums)[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + where, out, mask=inside[:, None] & (d < D)[None, :])
-    row = (batch * HEADS + head) * (H * W) + pixels
-    tl.store(lse_ptr + row, shift / LOG2_E + tl.log(sums), mask=inside)
+    tl.store(lse_ptr + (batch * HEADS + head) * size + pixels, shift / LOG2_E + tl.log(sums), mask=inside)
+
+
+@triton.jit
+def _unshifted(
+    q, k, v, total, acc, factor, meet_ptr, m, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums and output with ``COUNT`` keys from ``n0`` on added."""
+    # sums of what is rounded already: the matrix units are as exact
+    ONES: tl.constexpr = PRECISION != "ieee"
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = _powers(scores, factor, 0.0, meet_ptr, m, n0, ROWS, COLUMNS, COUNT, BIAS).to(v.dtype)
+    return _sum(p, total, ONES, PRECISION), tl.dot(p, v, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _shifted_image(
+    batch, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, factor, q_sh, q_sw, k_sh, k_sw, v_sh, v_sw,
+    H, W, head, y, x, inside, count_y, count_x, step_y, step_x,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, WORDS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of the queries of one tile, head and image, from exponentials less their maximum."""
+    ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
+    COUNT: tl.constexpr = 64 if WORDS % 2 == 0 else 32
+    m = tl.arange(0, BLOCK_M)
+    q = _read(q_ptr, y * q_sh + x * q_sw, inside, D, BLOCK_D, True)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n0 in range(0, 32 * WORDS, COUNT):
+        n = n0 + tl.arange(0, COUNT)
+        k = _columns(k_ptr, n, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
+        v = _columns(v_ptr, n, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        if BIAS:
+            scores += _bias(meet_ptr, m, n0, 32 * WORDS, COUNT)
+        else:
+            scores = tl.where(_mask(meet_ptr, m, n0, ROWS, COUNT), scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p, decay = tl.exp2(scores - shift[:, None]), tl.exp2(top - shift)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        top = higher
+    _store(out_ptr, lse_ptr, acc, total, top, batch, head, y * W + x, inside, H * W, HEADS, D, BLOCK_D)
 
 
 @triton.jit
@@ -237,81 +220,75 @@ def forward_kernel(
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
     B, H, W, step_y, step_x, classes_x,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr, IMAGES: tl.constexpr,
-    BIAS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, WORDS: tl.constexpr,
+    IMAGES: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of one tile and head, for IMAGES images one after the other."""
+    ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
+    COLUMNS: tl.constexpr = 32 * WORDS
     head, rows_ptr, columns_ptr = _place(rows_ptr, columns_ptr, HEADS)
     m = tl.arange(0, BLOCK_M)
     y, x, inside = _tile_rows(rows_ptr, columns_ptr, m, step_y, step_x, TILE_X)
     count_y, count_x = tl.load(rows_ptr + 3), tl.load(columns_ptr + 3)
-    last = tl.load(rows_ptr + 5) * BLOCK_N
+    last = tl.load(rows_ptr + 5) * BLOCK_N if WALK else 0
     q_ptr += head * q_sn
     k_ptr += head * k_sn + tl.load(rows_ptr + 2) * k_sh + tl.load(columns_ptr + 2) * k_sw
     v_ptr += head * v_sn + tl.load(rows_ptr + 2) * v_sh + tl.load(columns_ptr + 2) * v_sw
     meet_ptr = _meeting(meet_ptr, rows_ptr, columns_ptr, head, classes_x, HEADS, BLOCK_M, WORDS, BIAS)
+    k_y, k_x, v_y, v_x = step_y * k_sh, step_x * k_sw, step_y * v_sh, step_x * v_sw
     factor = scale * LOG2_E
     first = tl.program_id(2) * IMAGES
-    if IMAGES == 1:
-        _forward_image(
-            first, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, factor, q_sb, q_sh, q_sw, k_sb, k_sh, k_sw, v_sb,
-            v_sh, v_sw, H, W, head, y, x, inside, count_y, count_x, last, step_y, step_x, HEADS, D, BLOCK_D, WIDTH,
-            BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, EXACT, PRECISION,
-        )  # fmt: skip
-    else:
-        for image in range(first, min(first + IMAGES, B)):
-            _forward_image(
-                image, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, factor, q_sb, q_sh, q_sw, k_sb, k_sh, k_sw,
-                v_sb, v_sh, v_sw, H, W, head, y, x, inside, count_y, count_x, last, step_y, step_x, HEADS, D, BLOCK_D,
-                WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, EXACT, PRECISION,
-            )  # fmt: skip
+    end = min(first + IMAGES, B)
+    bad = -1 if EXACT else 0  # bits of the images whose sums leave float32's range
+    if not EXACT:
+        for image in range(first, end):  # without a walk inside, the next image is read while this one is computed
+            batch = tl.cast(image, tl.int64)
+            k_image, v_image = k_ptr + batch * k_sb, v_ptr + batch * v_sb
+            q = _read(q_ptr + batch * q_sb, y * q_sh + x * q_sw, inside, D, BLOCK_D, True)
+            total = tl.zeros([BLOCK_M, 16 if PRECISION != "ieee" else 1], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            if WALK:
+                for n0 in range(0, last, BLOCK_N):
+                    n = n0 + tl.arange(0, BLOCK_N)
+                    k = _columns(k_image, n, count_y, count_x, k_y, k_x, WIDTH, D, BLOCK_D)
+                    v = _columns(v_image, n, count_y, count_x, v_y, v_x, WIDTH, D, BLOCK_D)
+                    total, acc = _unshifted(
+                        q, k, v, total, acc, factor, meet_ptr, m, n0, ROWS, COLUMNS, BLOCK_N, BIAS, PRECISION
+                    )  # fmt: skip
+            for i in tl.static_range(len(PARTS)):
+                n0 = last + PARTS[i][0]
+                n = n0 + tl.arange(0, PARTS[i][1])
+                k = _columns(k_image, n, count_y, count_x, k_y, k_x, WIDTH, D, BLOCK_D)
+                v = _columns(v_image, n, count_y, count_x, v_y, v_x, WIDTH, D, BLOCK_D)
+                total, acc = _unshifted(
+                    q, k, v, total, acc, factor, meet_ptr, m, n0, ROWS, COLUMNS, PARTS[i][1], BIAS, PRECISION
+                )  # fmt: skip
+            sums, zero = tl.max(total, 1), tl.zeros([BLOCK_M], tl.float32)
+            _store(out_ptr, lse_ptr, acc, sums, zero, batch, head, y * W + x, inside, H * W, HEADS, D, BLOCK_D)
+            wrong = tl.max((inside & ((sums < 1e-24) | (sums > 1e30))).to(tl.int32), 0)
+            bad |= wrong << (image - first)
+    if bad != 0:
+        tl.debug_barrier()  # what is there already is written again, perhaps by other threads
+        for image in range(first, end):
+            if ((bad >> (image - first)) & 1) != 0:
+                batch = tl.cast(image, tl.int64)
+                _shifted_image(
+                    batch, q_ptr + batch * q_sb, k_ptr + batch * k_sb, v_ptr + batch * v_sb, meet_ptr, out_ptr,
+                    lse_ptr, factor, q_sh, q_sw, k_sh, k_sw, v_sh, v_sw, H, W, head, y, x, inside, count_y, count_x,
+                    step_y, step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, WORDS, BIAS, PRECISION,
+                )  # fmt: skip
 
 
 @triton.jit
-def _query_grad_image(
-    image, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
-    q_sb, q_sh, q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw,
-    H, W, head, y, x, inside, count_y, count_x, last, step_y, step_x,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr,
-    BIAS: tl.constexpr, LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+def _query_grads(
+    q, do, k, v, lse, delta, dq, factor, meet_ptr, m, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries of one tile, head and image, and their delta."""
-    ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
-    COLUMNS: tl.constexpr = 32 * WORDS
-    m, d, tail = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), last + tl.arange(0, max(TAIL, 16))
-    mask, factor = inside[:, None] & (d < D)[None, :], scale * LOG2_E
-    batch = tl.cast(image, tl.int64)
-    k_image, v_image = k_ptr + batch * k_sb, v_ptr + batch * v_sb
-    q = _read(q_ptr + batch * q_sb, y * q_sh + x * q_sw, inside, D, BLOCK_D, True)
-    pixels = y * W + x
-    where = batch * (H * W * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
-    do = tl.load(do_ptr + where, mask=mask, other=0.0)
-    out = tl.load(out_ptr + where, mask=mask, other=0.0)
-    row = (batch * HEADS + head) * (H * W) + pixels
-    lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * LOG2_E
-    if TAIL > 0:
-        tail_k = _columns(k_image, tail, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
-        tail_v = _columns(v_image, tail, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    if LSE_GRAD:
-        delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=inside)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n0 in range(0, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        k = _columns(k_image, n, count_y, count_x, step_y * k_sh, step_x * k_sw, WIDTH, D, BLOCK_D)
-        v = _columns(v_image, n, count_y, count_x, step_y * v_sh, step_x * v_sw, WIDTH, D, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = _powers(scores, factor, lse[:, None], meet_ptr, m, n0, ROWS, COLUMNS, BLOCK_N, BIAS)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    if TAIL > 0:
-        scores = tl.dot(q, tl.trans(tail_k), input_precision=PRECISION)
-        p = _powers(scores, factor, lse[:, None], meet_ptr, m, last, ROWS, COLUMNS, TAIL, BIAS)
-        ds = p * (tl.dot(do, tl.trans(tail_v), input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(tail_k.dtype), tail_k, dq, input_precision=PRECISION)
-    tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    """Gradient of the queries with ``COUNT`` keys from ``n0`` on added."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = _powers(scores, factor, lse[:, None], meet_ptr, m, n0, ROWS, COLUMNS, COUNT, BIAS)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
@@ -320,31 +297,56 @@ def query_grad_kernel(
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
     B, H, W, step_y, step_x, classes_x,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr, IMAGES: tl.constexpr,
-    BIAS: tl.constexpr, LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, WORDS: tl.constexpr,
+    IMAGES: tl.constexpr, BIAS: tl.constexpr, LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries of one tile and head, and their ``delta = sum(out * grad_out) - grad_lse``."""
+    """Gradient of the queries of one tile and head, and their ``delta = sum(out * grad_out) - grad_lse``.
+
+    For IMAGES images one after the other.
+    """
+    ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
+    COLUMNS: tl.constexpr = 32 * WORDS
     head, rows_ptr, columns_ptr = _place(rows_ptr, columns_ptr, HEADS)
-    m = tl.arange(0, BLOCK_M)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     y, x, inside = _tile_rows(rows_ptr, columns_ptr, m, step_y, step_x, TILE_X)
+    mask, factor = inside[:, None] & (d < D)[None, :], scale * LOG2_E
     count_y, count_x = tl.load(rows_ptr + 3), tl.load(columns_ptr + 3)
-    last = tl.load(rows_ptr + 5) * BLOCK_N
+    last = tl.load(rows_ptr + 5) * BLOCK_N if WALK else 0
     q_ptr += head * q_sn
     k_ptr += head * k_sn + tl.load(rows_ptr + 2) * k_sh + tl.load(columns_ptr + 2) * k_sw
     v_ptr += head * v_sn + tl.load(rows_ptr + 2) * v_sh + tl.load(columns_ptr + 2) * v_sw
     meet_ptr = _meeting(meet_ptr, rows_ptr, columns_ptr, head, classes_x, HEADS, BLOCK_M, WORDS, BIAS)
+    k_y, k_x, v_y, v_x = step_y * k_sh, step_x * k_sw, step_y * v_sh, step_x * v_sw
+    pixels = y * W + x
     first = tl.program_id(2) * IMAGES
-    if IMAGES == 1:
-        _query_grad_image(
-            first, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale, q_sb,
-            q_sh, q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw, H, W, head, y, x, inside, count_y, count_x, last, step_y,
-            step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, LSE_GRAD, PRECISION,
-        )  # fmt: skip
-    else:
-        for image in range(first, min(first + IMAGES, B)):
-            _query_grad_image(
-                image, q_ptr, k_ptr, v_ptr, meet_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
-                q_sb, q_sh, q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw, H, W, head, y, x, inside, count_y, count_x,
-                last, step_y, step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, LSE_GRAD,
-                PRECISION,
+    for image in range(first, min(first + IMAGES, B)):
+        batch = tl.cast(image, tl.int64)
+        k_image, v_image = k_ptr + batch * k_sb, v_ptr + batch * v_sb
+        q = _read(q_ptr + batch * q_sb, y * q_sh + x * q_sw, inside, D, BLOCK_D, True)
+        where = batch * (H * W * HEADS * D) + (pixels * HEADS + head)[:, None] * D + d[None, :]
+        do = tl.load(do_ptr + where, mask=mask, other=0.0)
+        out = tl.load(out_ptr + where, mask=mask, other=0.0)
+        row = (batch * HEADS + head) * (H * W) + pixels
+        lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * LOG2_E
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+        if LSE_GRAD:
+            delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
+        tl.store(delta_ptr + row, delta, mask=inside)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if WALK:
+            for n0 in range(0, last, BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                k = _columns(k_image, n, count_y, count_x, k_y, k_x, WIDTH, D, BLOCK_D)
+                v = _columns(v_image, n, count_y, count_x, v_y, v_x, WIDTH, D, BLOCK_D)
+                dq = _query_grads(
+                    q, do, k, v, lse, delta, dq, factor, meet_ptr, m, n0, ROWS, COLUMNS, BLOCK_N, BIAS, PRECISION
+                )  # fmt: skip
+        for i in tl.static_range(len(PARTS)):
+            n0 = last + PARTS[i][0]
+            n = n0 + tl.arange(0, PARTS[i][1])
+            k = _columns(k_image, n, count_y, count_x, k_y, k_x, WIDTH, D, BLOCK_D)
+            v = _columns(v_image, n, count_y, count_x, v_y, v_x, WIDTH, D, BLOCK_D)
+            dq = _query_grads(
+                q, do, k, v, lse, delta, dq, factor, meet_ptr, m, n0, ROWS, COLUMNS, PARTS[i][1], BIAS, PRECISION
             )  # fmt: skip
+        tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)

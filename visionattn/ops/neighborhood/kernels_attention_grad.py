@@ -50,56 +50,22 @@ def _key_grads(
 
 
 @triton.jit
-def _key_grad_image(
-    number, q_ptr, k_ptr, v_ptr, meet_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
-    q_sb, q_sh, q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw,
-    H, W, head, y, x, inside, start, count_y, count_x, last, step_y, step_x,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr,
+def _key_grads_by_key(
+    q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one tile, head and image."""
-    ROWS: tl.constexpr = 32 * WORDS
-    d, tail = tl.arange(0, BLOCK_D), last + tl.arange(0, max(TAIL, 16))
-    mask, factor = inside[:, None] & (d < D)[None, :], scale * LOG2_E
-    batch = tl.cast(number, tl.int64)
-    image, plane = batch * (H * W * HEADS * D), (batch * HEADS + head) * (H * W)
-    k = _read(k_ptr + batch * k_sb, y * k_sh + x * k_sw, inside, D, BLOCK_D, True)
-    v = _read(v_ptr + batch * v_sb, y * v_sh + x * v_sw, inside, D, BLOCK_D, True)
-    q_image = q_ptr + batch * q_sb
-    do_image = do_ptr + image + (start * HEADS + head) * D
-    lse_image, delta_image = lse_ptr + plane + start, delta_ptr + plane + start
-    if TAIL > 0:
-        tail_q, tail_do, tail_lse, tail_delta = _queries(
-            q_image, do_image, lse_image, delta_image, tail, count_y, count_x, step_y * q_sh, step_x * q_sw,
-            step_y, step_x, W, HEADS, WIDTH, D, BLOCK_D,
-        )  # fmt: skip
-    dk, dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n0 in range(0, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        q, do, lse, delta = _queries(
-            q_image, do_image, lse_image, delta_image, n, count_y, count_x, step_y * q_sh, step_x * q_sw,
-            step_y, step_x, W, HEADS, WIDTH, D, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _key_grads(
-            q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
-        )  # fmt: skip
-    if TAIL > 0:
-        m = tl.arange(0, BLOCK_M)[:, None]
-        # keys by queries here: so few queries are no rows for the matrix units
-        scores = tl.dot(k, tl.trans(tail_q), input_precision=PRECISION)
-        if BIAS:
-            tile = tl.load(meet_ptr + tail[None, :] * BLOCK_M + m).to(tl.float32)
-            p = tl.exp2(scores * factor + (tile - tail_lse[None, :]))
-        else:
-            word = tl.load(meet_ptr + (m // 32) * ROWS + tail[None, :])
-            p = tl.where(((word >> (m % 32)) & 1) != 0, tl.exp2(scores * factor - tail_lse[None, :]), 0.0)
-        dv = tl.dot(p.to(tail_do.dtype), tail_do, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(tail_do), input_precision=PRECISION) - tail_delta[None, :])
-        dk = tl.dot(ds.to(tail_q.dtype), tail_q, dk, input_precision=PRECISION)
-    where = image + ((y * W + x) * HEADS + head)[:, None] * D + d[None, :]
-    tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    """The same with keys as rows: a few queries are no rows for the matrix units."""
+    m, n = tl.arange(0, BLOCK_M)[:, None], n[None, :]
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if BIAS:
+        tile = tl.load(meet_ptr + n * BLOCK_M + m).to(tl.float32)
+        p = tl.exp2(scores * factor + (tile - lse[None, :]))
+    else:
+        word = tl.load(meet_ptr + (m // 32) * ROWS + n)
+        p = tl.where(((word >> (m % 32)) & 1) != 0, tl.exp2(scores * factor - lse[None, :]), factor * 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
 @triton.jit
@@ -108,35 +74,60 @@ def key_grad_kernel(
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
     B, H, W, step_y, step_x, classes_x,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr, IMAGES: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, WORDS: tl.constexpr,
+    IMAGES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one tile and head, for IMAGES images one after the other."""
+    ROWS: tl.constexpr = 32 * WORDS
     head, rows_ptr, columns_ptr = _place(rows_ptr, columns_ptr, HEADS)
-    m = tl.arange(0, BLOCK_M)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     y, x, inside = _tile_rows(rows_ptr, columns_ptr, m, step_y, step_x, TILE_X)
+    mask, factor = inside[:, None] & (d < D)[None, :], scale * LOG2_E
     count_y, count_x = tl.load(rows_ptr + 3), tl.load(columns_ptr + 3)
-    last = tl.load(rows_ptr + 5) * BLOCK_N
+    last = tl.load(rows_ptr + 5) * BLOCK_N if WALK else 0
     query_y, query_x = tl.load(rows_ptr + 2), tl.load(columns_ptr + 2)
     start = query_y * W + query_x
     q_ptr += head * q_sn + query_y * q_sh + query_x * q_sw
     k_ptr += head * k_sn
     v_ptr += head * v_sn
+    q_y, q_x = step_y * q_sh, step_x * q_sw
     meet_ptr = _meeting(meet_ptr, rows_ptr, columns_ptr, head, classes_x, HEADS, BLOCK_M, WORDS, BIAS)
     first = tl.program_id(2) * IMAGES
-    if IMAGES == 1:
-        _key_grad_image(
-            first, q_ptr, k_ptr, v_ptr, meet_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale, q_sb, q_sh, q_sw,
-            k_sb, k_sh, k_sw, v_sb, v_sh, v_sw, H, W, head, y, x, inside, start, count_y, count_x, last, step_y,
-            step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, PRECISION,
-        )  # fmt: skip
-    else:
-        for number in range(first, min(first + IMAGES, B)):
-            _key_grad_image(
-                number, q_ptr, k_ptr, v_ptr, meet_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, scale, q_sb, q_sh,
-                q_sw, k_sb, k_sh, k_sw, v_sb, v_sh, v_sw, H, W, head, y, x, inside, start, count_y, count_x, last,
-                step_y, step_x, HEADS, D, BLOCK_D, WIDTH, BLOCK_M, BLOCK_N, TAIL, WORDS, BIAS, PRECISION,
+    for number in range(first, min(first + IMAGES, B)):
+        batch = tl.cast(number, tl.int64)
+        image, plane = batch * (H * W * HEADS * D), (batch * HEADS + head) * (H * W)
+        k = _read(k_ptr + batch * k_sb, y * k_sh + x * k_sw, inside, D, BLOCK_D, True)
+        v = _read(v_ptr + batch * v_sb, y * v_sh + x * v_sw, inside, D, BLOCK_D, True)
+        q_image, do_image = q_ptr + batch * q_sb, do_ptr + image + (start * HEADS + head) * D
+        lse_image, delta_image = lse_ptr + plane + start, delta_ptr + plane + start
+        dk, dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if WALK:
+            for n0 in range(0, last, BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                q, do, lse, delta = _queries(
+                    q_image, do_image, lse_image, delta_image, n, count_y, count_x, q_y, q_x, step_y, step_x, W,
+                    HEADS, WIDTH, D, BLOCK_D,
+                )  # fmt: skip
+                dk, dv = _key_grads(
+                    q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
+                )  # fmt: skip
+        for i in tl.static_range(len(PARTS)):
+            n = last + PARTS[i][0] + tl.arange(0, PARTS[i][1])
+            q, do, lse, delta = _queries(
+                q_image, do_image, lse_image, delta_image, n, count_y, count_x, q_y, q_x, step_y, step_x, W, HEADS,
+                WIDTH, D, BLOCK_D,
             )  # fmt: skip
+            if PARTS[i][1] >= 64:
+                dk, dv = _key_grads(
+                    q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
+                )  # fmt: skip
+            else:
+                dk, dv = _key_grads_by_key(
+                    q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
+                )  # fmt: skip
+        where = image + ((y * W + x) * HEADS + head)[:, None] * D + d[None, :]
+        tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+        tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -129,12 +129,13 @@ def _tables(
     tile: tuple[int, int],
     block: int,
     by_key: bool,
-    tail: bool,
+    parts: bool,
+    whole: int,
     device: torch.device,
 ) -> _Tables:
     """The tables of one geometry, which calls with other batches, heads and strides share."""
-    walk = geometry.walk(size, kernel, dilation, tile, block, by_key)
-    walk = walk if tail else walk._replace(tail=0)
+    walk = geometry.walk(size, kernel, dilation, tile, block, by_key, whole)
+    walk = walk if parts else walk._replace(parts=())
     axes = (geometry.table(walk, vertical) for vertical in (True, False))
     return _Tables(walk, *_kept((*axes, geometry.words(walk, by_key), geometry.classes(walk)), device))
 
@@ -142,15 +143,15 @@ def _tables(
 class _Tiles:
     """How a kernel cuts the map: the walk of its programs, with tables and masks on the device."""
 
-    def __init__(self, s: _Shape, tile: Tile, by_key: bool = False, tail: bool = True):
+    def __init__(self, s: _Shape, tile: Tile, by_key: bool = False, parts: bool = True):
         size, block = (tile.height, tile.width), tile.columns
-        found = _tables((s.H, s.W), s.kernel, s.dilation, size, block, by_key, tail, s.device)
+        found = _tables((s.H, s.W), s.kernel, s.dilation, size, block, by_key, parts, tile.whole, s.device)
         self.walk = walk = found.walk
         self.tables = found.rows, found.columns
         self.more: tuple[Tensor, ...] = ()  # tables that a kernel has besides
         self.constants = dict(
-            TILE_X=walk.width, WIDTH=walk.columns.columns, BLOCK_M=walk.block_m, BLOCK_N=block, TAIL=walk.tail,
-            WORDS=walk.words, BY_KEY=by_key,
+            TILE_X=walk.width, WIDTH=walk.columns.columns, BLOCK_M=walk.block_m, BLOCK_N=block, PARTS=walk.parts,
+            WALK=not walk.whole, WORDS=walk.words, BY_KEY=by_key,
         )  # fmt: skip
         self._device, self._words, self._classes, self._build = s.device, found.words, found.classes, None
         if s.biased:
@@ -186,7 +187,7 @@ def _prepare(s: _Shape, kernel: Any, tile: Tile, by_key: bool = False, **more: A
 
 def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
     """Launches that sum the gradient of the bias."""
-    tiles = _Tiles(s, tile, tail=False)
+    tiles = _Tiles(s, tile, parts=False)
     walk = tiles.walk
     chunks, columns = 32 * walk.words // tile.columns, 32 * walk.words
     parts = geometry.splits(walk, s.B, max(1, BIAS_PROGRAMS // (s.heads * chunks)))

@@ -1,6 +1,5 @@
 """Tile sizes of the neighbourhood kernels: measured ones where there are some, else a rule, a search on request."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +14,7 @@ __all__ = ["Search", "Tile", "candidates", "choose", "searching"]
 class Tile(NamedTuple):
     """A program's rows each way, columns a step of its walk, warps, stages of its loads, images, registers a thread.
 
-    Of images and registers these are the most.
+    Of images and registers these are the most. Halos of at most ``whole`` columns are not walked over, but taken whole.
     """
 
     height: int
@@ -25,13 +24,11 @@ class Tile(NamedTuple):
     stages: int
     images: int = 1
     registers: int | None = None
+    whole: int = 0
 
 
 class Row(NamedTuple):
-    """A line of the table: a kernel, its head dim at most, the rows of a tile and the rest of it.
-
-    Windows of more pixels than ``window`` and dilation groups of fewer than ``group`` take another line.
-    """
+    """A line of the table: a kernel, its head dim at most, the rows of a tile and the rest of it."""
 
     kernel: str
     head_dim: int
@@ -41,8 +38,7 @@ class Row(NamedTuple):
     stages: int
     images: int = 1
     registers: int | None = None
-    window: int = 1 << 30
-    group: int = 0
+    whole: int = 0
 
 
 # for 16-bit numbers on GPUs of compute capability 9, by their machine code; the first line that fits counts
@@ -104,12 +100,11 @@ def choose(
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if dtype.itemsize == 2 and major == 9:
         for line in _TUNED:
-            fits = head_dim <= line.head_dim and math.prod(window) <= line.window and math.prod(group) >= line.group
-            if line.kernel == kernel and fits:
+            if line.kernel == kernel and head_dim <= line.head_dim:
                 row = line
                 break
     height, width = shape(row.rows, group, window)
-    return Tile(height, width, row.columns, row.warps, row.stages, row.images, row.registers)
+    return Tile(height, width, row.columns, row.warps, row.stages, row.images, row.registers, row.whole)
 
 
 def candidates(tile: Tile, size: Sequence[int], window: tuple[int, int], dilation: Sequence[int]) -> list[Tile]:
