@@ -200,6 +200,28 @@ def words(walk: Walk, by_key: bool) -> Tensor:
     return found
 
 
+class Order(NamedTuple):
+    """Tiles class by class, for sums over all of a class: of every tile its place, then classes with shares."""
+
+    places: Tensor  # int32 [vertical tiles * horizontal tiles]
+    classes: Tensor  # as ``classes`` makes them, with first sum and number of sums
+
+
+def order(walk: Walk, shares: int) -> Order:
+    """Order of the tiles where ``shares`` programs leave a sum each for every tile."""
+    across = len(walk.columns.kinds)
+    numbers = [row[2] * across + column[2] for row in walk.rows.tiles for column in walk.columns.tiles]
+    sums, first = [], 0
+    for number in range(walk.classes):
+        count = numbers.count(number) * shares
+        sums.append((first, count))
+        first += count
+    by_class = sorted(range(len(numbers)), key=numbers.__getitem__)
+    places = torch.empty(len(numbers), dtype=torch.int32, device="cpu")
+    places[by_class] = torch.arange(len(numbers), dtype=torch.int32, device="cpu")
+    return Order(places, classes(walk, sums))
+
+
 class Splits(NamedTuple):
     """Work of the bias gradient: a split is some (tile, image) items of one class, tile by tile."""
 

@@ -280,29 +280,37 @@ def forward_kernel(
 
 
 @triton.jit
+def _nothing(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def _query_grads(
     q, do, k, v, lse, delta, dq, factor, meet_ptr, m, n0, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     COUNT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries with ``COUNT`` keys from ``n0`` on added."""
+    """Gradient of the queries with ``COUNT`` keys from ``n0`` on added, and those of the scores."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = _powers(scores, factor, lse[:, None], meet_ptr, m, n0, ROWS, COLUMNS, COUNT, BIAS)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), ds
 
 
 @triton.jit
 def query_grad_kernel(
-    q_ptr, k_ptr, v_ptr, meet_ptr, rows_ptr, columns_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr, delta_ptr, scale,
+    q_ptr, k_ptr, v_ptr, meet_ptr, rows_ptr, columns_ptr, order_ptr, out_ptr, lse_ptr, do_ptr, dlse_ptr, dq_ptr,
+    delta_ptr, part_ptr, scale,
     q_sb, q_sh, q_sw, q_sn, k_sb, k_sh, k_sw, k_sn, v_sb, v_sh, v_sw, v_sn,
     B, H, W, step_y, step_x, classes_x,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, WORDS: tl.constexpr,
-    IMAGES: tl.constexpr, BIAS: tl.constexpr, LSE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, LSE_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of one tile and head, and their ``delta = sum(out * grad_out) - grad_lse``.
 
-    For IMAGES images one after the other.
+    For IMAGES images one after the other. With BIAS_GRAD the scores' gradients, summed over these images, are written
+    to ``[tiles in order_ptr's order, shares of the images, heads, rows, columns]``; the walk must have parts only.
     """
     ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
     COLUMNS: tl.constexpr = 32 * WORDS
@@ -318,6 +326,10 @@ def query_grad_kernel(
     meet_ptr = _meeting(meet_ptr, rows_ptr, columns_ptr, head, classes_x, HEADS, BLOCK_M, WORDS, BIAS)
     k_y, k_x, v_y, v_x = step_y * k_sh, step_x * k_sw, step_y * v_sh, step_x * v_sw
     pixels = y * W + x
+    sums = ()
+    if BIAS_GRAD:
+        for i in tl.static_range(len(PARTS)):
+            sums += (_nothing(BLOCK_M, PARTS[i][1]),)
     first = tl.program_id(2) * IMAGES
     for image in range(first, min(first + IMAGES, B)):
         batch = tl.cast(image, tl.int64)
@@ -338,15 +350,26 @@ def query_grad_kernel(
                 n = n0 + tl.arange(0, BLOCK_N)
                 k = _columns(k_image, n, count_y, count_x, k_y, k_x, WIDTH, D, BLOCK_D)
                 v = _columns(v_image, n, count_y, count_x, v_y, v_x, WIDTH, D, BLOCK_D)
-                dq = _query_grads(
+                dq, _ = _query_grads(
                     q, do, k, v, lse, delta, dq, factor, meet_ptr, m, n0, ROWS, COLUMNS, BLOCK_N, BIAS, PRECISION
                 )  # fmt: skip
+        added = ()
         for i in tl.static_range(len(PARTS)):
             n0 = last + PARTS[i][0]
             n = n0 + tl.arange(0, PARTS[i][1])
             k = _columns(k_image, n, count_y, count_x, k_y, k_x, WIDTH, D, BLOCK_D)
             v = _columns(v_image, n, count_y, count_x, v_y, v_x, WIDTH, D, BLOCK_D)
-            dq = _query_grads(
+            dq, ds = _query_grads(
                 q, do, k, v, lse, delta, dq, factor, meet_ptr, m, n0, ROWS, COLUMNS, PARTS[i][1], BIAS, PRECISION
             )  # fmt: skip
+            if BIAS_GRAD:
+                added += (sums[i] + ds,)
+        if BIAS_GRAD:
+            sums = added
         tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    if BIAS_GRAD:
+        order = tl.load(order_ptr + tl.program_id(1) * (tl.num_programs(0) // HEADS) + tl.program_id(0) // HEADS)
+        place = (order * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * HEADS + head
+        for i in tl.static_range(len(PARTS)):
+            n = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+            tl.store(part_ptr + place * (BLOCK_M * COLUMNS) + m[:, None] * COLUMNS + n[None, :], sums[i])

@@ -16,6 +16,7 @@ MAX_HEAD_DIM = 128
 MAX_GRID = 65535  # programs along the second and third axis
 MAX_KERNEL, MAX_BIASED = 41, 25  # sides of a window: masks grow with its area and with the tiles that a border reaches
 PROGRAMS = 2048  # that keep a GPU busy; with more, one may serve several images
+FUSED_PROGRAMS = 384  # the same where each leaves a tile of float32 for the gradient of the bias
 BIAS_PROGRAMS = 2048  # of the bias gradient; each writes a tile of float32
 
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
@@ -171,13 +172,22 @@ class _Tiles:
         return meet
 
 
-def _prepare(s: _Shape, kernel: Any, tile: Tile, by_key: bool = False, **more: Any) -> Callable[..., None]:
-    """Launch of a kernel with a program for every tile, image and head."""
-    tiles = _Tiles(s, tile, by_key)
+def _images(s: _Shape, tile: Tile, tiles: _Tiles, programs: int) -> int:
+    """Images that a program serves, so that about ``programs`` remain."""
+    return max(1, min(tile.images, tiles.walk.tiles * s.heads * s.B // programs))
+
+
+def _launch(s: _Shape, kernel: Any, tile: Tile, tiles: _Tiles, images: int, **more: Any) -> Launch:
+    """Launch of a kernel with a program for every tile, head and share of the images."""
     integers = (*s.strides, s.B, s.H, s.W, *s.dilation, len(tiles.walk.columns.kinds))
-    images = max(1, min(tile.images, tiles.walk.tiles * s.heads * s.B // PROGRAMS))
     grid = s.heads * len(tiles.walk.columns.tiles), len(tiles.walk.rows.tiles), -(-s.B // images)
-    launch = s.prepare(kernel, grid, integers, tile, IMAGES=images, **tiles.constants, **more)
+    return s.prepare(kernel, grid, integers, tile, IMAGES=images, **tiles.constants, **more)
+
+
+def _prepare(s: _Shape, kernel: Any, tile: Tile, by_key: bool = False, **more: Any) -> Callable[..., None]:
+    """Launch of a kernel and of what makes its masks."""
+    tiles = _Tiles(s, tile, by_key)
+    launch = _launch(s, kernel, tile, tiles, _images(s, tile, tiles, PROGRAMS), **more)
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> None:
         launch(query, key, value, tiles.meeting(bias), *tiles.tables, *rest)
@@ -185,18 +195,11 @@ def _prepare(s: _Shape, kernel: Any, tile: Tile, by_key: bool = False, **more: A
     return run
 
 
-def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
-    """Launches that sum the gradient of the bias."""
-    tiles = _Tiles(s, tile, parts=False)
-    walk = tiles.walk
-    chunks, columns = 32 * walk.words // tile.columns, 32 * walk.words
-    parts = geometry.splits(walk, s.B, max(1, BIAS_PROGRAMS // (s.heads * chunks)))
-    tiles.more = lists, splits, classes = _kept(parts, s.device)
-    integers = (*s.strides, s.B, s.H, s.W, *s.dilation, chunks)
-    grid = len(splits) * s.heads * chunks
-    grad = s.prepare(kernels_attention_grad.bias_grad_kernel, (grid,), integers, tile, **tiles.constants)
-    size, plain = walk.block_m * columns, Tile(0, 0, 0, 4, 1)
-    together = min(16, 1 << (int(parts.classes[:, 1].max()) - 1).bit_length())
+def _prepare_fold(s: _Shape, tiles: _Tiles, classes: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Launches that add up gradients of tiles of bias ``[sums, heads, rows, columns]`` to that of the bias."""
+    walk, plain = tiles.walk, Tile(0, 0, 0, 4, 1)
+    size = walk.block_m * 32 * walk.words
+    together = min(16, 1 << (int(classes[:, 1].max()) - 1).bit_length())
     add = s.prepare(
         kernels_attention_grad.bias_sum_kernel, (-(-size * together // 4096), walk.classes, s.heads), (size,), plain,
         BLOCK_S=together, BLOCK=4096 // together,
@@ -207,14 +210,60 @@ def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
         **tiles.constants,
     )  # fmt: skip
 
-    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *rest: Any) -> None:
-        *saved, dbias, scale = rest
-        part, total = (
-            torch.empty((len(x), s.heads, size), dtype=torch.float32, device=s.device) for x in (splits, classes)
-        )
-        grad(query, key, value, tiles.meeting(bias), *tiles.tables, lists, splits, *saved, part, scale)
+    def run(part: Tensor, classes: Tensor, dbias: Tensor) -> None:
+        total = torch.empty((len(classes), s.heads, size), dtype=torch.float32, device=s.device)
         add(part, classes, total)
         fold(total, classes, dbias)
+
+    return run
+
+
+def _prepare_query_grad(s: _Shape, tile: Tile, lse_grad: bool, bias_grad: bool) -> Callable[..., None]:
+    """Launches of the query gradient and, where its tiles are taken whole, of the bias gradient along with it."""
+    tiles = _Tiles(s, tile)
+    fused = bias_grad and tiles.walk.whole
+    images = _images(s, tile, tiles, FUSED_PROGRAMS if fused else PROGRAMS)
+    flags = dict(LSE_GRAD=lse_grad, BIAS_GRAD=fused)
+    launch = _launch(s, kernels_attention.query_grad_kernel, tile, tiles, images, **flags)
+    shares = -(-s.B // images)
+    found = geometry.order(tiles.walk, shares)
+    tiles.more = order, classes = _kept(found, s.device)
+    fold = _prepare_fold(s, tiles, found.classes) if fused else None
+    apart = s.tuned("bias_grad", lambda tile: _prepare_bias_grad(s, tile)) if bias_grad and not fused else None
+    size = tiles.walk.tiles * shares, s.heads, tiles.walk.block_m * 32 * tiles.walk.words
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> None:
+        out, lse, do, dlse, dq, delta, dbias, scale = rest
+        meet = tiles.meeting(bias)
+        part = lse if fold is None else torch.empty(size, dtype=torch.float32, device=s.device)
+        launch(
+            query, key, value, meet, *tiles.tables, order, out, lse, do, dlse, dq, delta, part, scale
+        )  # fmt: skip
+        if fold is not None:
+            fold(part, classes, dbias)
+        if apart is not None:
+            apart(query, key, value, bias, lse, do, delta, dbias, scale)
+
+    return run
+
+
+def _prepare_bias_grad(s: _Shape, tile: Tile) -> Callable[..., None]:
+    """Launches that sum the gradient of the bias."""
+    tiles = _Tiles(s, tile, parts=False)
+    walk = tiles.walk
+    chunks = 32 * walk.words // tile.columns
+    parts = geometry.splits(walk, s.B, max(1, BIAS_PROGRAMS // (s.heads * chunks)))
+    tiles.more = lists, splits, classes = _kept(parts, s.device)
+    integers = (*s.strides, s.B, s.H, s.W, *s.dilation, chunks)
+    grid = len(splits) * s.heads * chunks
+    grad = s.prepare(kernels_attention_grad.bias_grad_kernel, (grid,), integers, tile, **tiles.constants)
+    fold, size = _prepare_fold(s, tiles, parts.classes), (len(splits), s.heads, walk.block_m * 32 * walk.words)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *rest: Any) -> None:
+        *saved, dbias, scale = rest
+        part = torch.empty(size, dtype=torch.float32, device=s.device)
+        grad(query, key, value, tiles.meeting(bias), *tiles.tables, lists, splits, *saved, part, scale)
+        fold(part, classes, dbias)
 
     return run
 
@@ -249,16 +298,14 @@ def forward(
 class _Backward(NamedTuple):
     """Launches of a backward pass."""
 
-    query_grad: Callable[..., None]
+    query_grad: Callable[..., None]  # and of the bias
     key_grad: Callable[..., None]
-    bias_grad: Callable[..., None] | None
 
 
 def _plan_backward(s: _Shape, lse_grad: bool, bias_grad: bool) -> _Backward:
     return _Backward(
-        s.tuned("query_grad", lambda tile: _prepare(s, kernels_attention.query_grad_kernel, tile, LSE_GRAD=lse_grad)),
+        s.tuned("query_grad", lambda tile: _prepare_query_grad(s, tile, lse_grad, bias_grad)),
         s.tuned("key_grad", lambda tile: _prepare(s, kernels_attention_grad.key_grad_kernel, tile, by_key=True)),
-        s.tuned("bias_grad", lambda tile: _prepare_bias_grad(s, tile)) if bias_grad else None,
     )
 
 
@@ -289,11 +336,8 @@ def backward(
     delta = torch.empty_like(lse)
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    dbias = torch.empty_like(bias) if bias_grad and bias is not None else None
     inputs = query, key, value, bias
-    run.query_grad(*inputs, out.contiguous(), lse, do, dlse, dq, delta, scale)
+    run.query_grad(*inputs, out.contiguous(), lse, do, dlse, dq, delta, dbias, scale)
     run.key_grad(*inputs, lse, do, delta, dk, dv, scale)
-    if run.bias_grad is None or bias is None:
-        return dq, dk, dv, None
-    dbias = torch.empty_like(bias)
-    run.bias_grad(*inputs, lse, do, delta, dbias, scale)
     return dq, dk, dv, dbias
