@@ -83,7 +83,7 @@ def test_branches_at_once_equal_the_modules(side, together):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="too much for the interpreter")
-@pytest.mark.parametrize("dtype, relative", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 5e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("side, C, size", [(17, 64, (4, 56, 56)), (15, 112, (3, 28, 28)), (13, 256, (8, 14, 14))])
 def test_branches_at_once_at_full_size(side, C, size, dtype, relative, together):
     compare(*prepared(side, C, size, dtype), relative)
