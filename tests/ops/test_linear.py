@@ -321,6 +321,19 @@ def test_what_has_no_kernel_or_needs_none_is_left_to_pytorch(monkeypatch):
     assert len(calls) == 2
 
 
+def test_casts_without_a_gradient_are_one_launch(monkeypatch):
+    calls = count(monkeypatch)
+    _, tensors = given((2, 3, 7), 16, 24, 16, torch.float32, torch.float32)
+    found = {}
+    for backend in ("eager", "triton"):
+        with use_backend(backend), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            found[backend] = linear(*tensors[:3]), mlp(*tensors)
+    assert len(calls) == 2
+    for expected, actual in zip(*found.values(), strict=True):
+        assert actual.dtype == torch.bfloat16 and not actual.requires_grad
+        assert_close("out", expected, actual, 1e-2)
+
+
 def test_what_does_not_fit_is_named_by_pytorch():
     _, (x, w1, b1, w2, b2) = given((2, 7), 16, 24, 16, torch.float32, torch.float32)
     with use_backend("triton"):

@@ -1,4 +1,4 @@
-"""Linear layers and MLPs for training in eager mode: one node of the graph each, casts of parameters included.
+"""Linear layers and MLPs for eager mode: one node of the graph each, casts of parameters included.
 
 The matrix products are PyTorch's. What they save is host time: no nodes for casts, views and transposes, the gradient
 of a float32 weight straight from the product of 16-bit maps, and those of biases from one or two launches.
@@ -147,13 +147,26 @@ class _Mlp(torch.autograd.Function):
         return dx, dw1, db1, dw2, db2, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x [..., C]`` through a linear layer in ``dtype``."""
-    return _Linear.apply(x, weight, bias, dtype)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, learns: bool = True) -> Tensor:
+    """``x [..., C]`` through a linear layer in ``dtype``; for a gradient if one ``learns``."""
+    if learns:
+        return _Linear.apply(x, weight, bias, dtype)
+    with torch._C._ExcludeDispatchKeyGuard(_PASSED):
+        return _like(F.linear(_rows(x, dtype), *_cast(dtype, weight, bias)), x)
 
 
 def mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    dtype: torch.dtype,
+    learns: bool = True,
 ) -> Tensor:
-    """``x [..., C]`` through two linear layers and the GELU between them in ``dtype``."""
-    return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)
+    """``x [..., C]`` through two linear layers and the GELU between them in ``dtype``, as ``linear``."""
+    if learns:
+        return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)
+    with torch._C._ExcludeDispatchKeyGuard(_PASSED):
+        w1, b1, w2, b2 = _cast(dtype, weight1, bias1, weight2, bias2)
+        return _like(F.linear(F.gelu(F.linear(_rows(x, dtype), w1, b1)), w2, b2), x)
