@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,14 @@ class _Shape:
     def tuned(self, kernel: str, prepare: Callable[[Tile], Callable[..., None]]) -> Callable[..., None]:
         """The launch with the tile for ``kernel``, or a search around it."""
         tile = tuning.choose(
-            kernel, (self.H, self.W), self.kernel, self.dilation, self.block_d, self.dtype, self.device
+            kernel,
+            (self.H, self.W),
+            self.kernel,
+            self.dilation,
+            self.block_d,
+            self.dtype,
+            self.device,
+            self.biased,
         )
         if tuning.searching(self.device):
             found = tuning.candidates(tile, (self.H, self.W), self.kernel, self.dilation)
@@ -218,29 +225,36 @@ def _prepare_fold(s: _Shape, tiles: _Tiles, classes: Tensor) -> Callable[[Tensor
     return run
 
 
-def _prepare_query_grad(s: _Shape, tile: Tile, lse_grad: bool, bias_grad: bool) -> Callable[..., None]:
-    """Launches of the query gradient and, where its tiles are taken whole, of the bias gradient along with it."""
+def _prepare_query_grad(
+    s: _Shape, tile: Tile, lse_grad: bool, bias_grad: Callable[[], Callable[..., None]] | None
+) -> Callable[..., None]:
+    """Launches of the query gradient and, if ``bias_grad`` is given, of that of the bias.
+
+    It comes along where tiles are taken whole; else ``bias_grad`` tells the launches for it.
+    """
     tiles = _Tiles(s, tile)
-    fused = bias_grad and tiles.walk.whole
+    fused = bias_grad is not None and tiles.walk.whole
     images = _images(s, tile, tiles, FUSED_PROGRAMS if fused else PROGRAMS)
     flags = dict(LSE_GRAD=lse_grad, BIAS_GRAD=fused)
     launch = _launch(s, kernels_attention.query_grad_kernel, tile, tiles, images, **flags)
-    shares = -(-s.B // images)
-    found = geometry.order(tiles.walk, shares)
-    tiles.more = order, classes = _kept(found, s.device)
-    fold = _prepare_fold(s, tiles, found.classes) if fused else None
-    apart = s.tuned("bias_grad", lambda tile: _prepare_bias_grad(s, tile)) if bias_grad and not fused else None
-    size = tiles.walk.tiles * shares, s.heads, tiles.walk.block_m * 32 * tiles.walk.words
+    if fused:
+        shares = -(-s.B // images)
+        found = geometry.order(tiles.walk, shares)
+        tiles.more = _kept(found, s.device)
+        fold = _prepare_fold(s, tiles, found.classes)
+        size = tiles.walk.tiles * shares, s.heads, tiles.walk.block_m * 32 * tiles.walk.words
+    apart = None if fused or bias_grad is None else bias_grad()
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> None:
         out, lse, do, dlse, dq, delta, dbias, scale = rest
-        meet = tiles.meeting(bias)
-        part = lse if fold is None else torch.empty(size, dtype=torch.float32, device=s.device)
-        launch(
-            query, key, value, meet, *tiles.tables, order, out, lse, do, dlse, dq, delta, part, scale
-        )  # fmt: skip
-        if fold is not None:
+        given = query, key, value, tiles.meeting(bias), *tiles.tables
+        if fused:
+            order, classes = tiles.more
+            part = torch.empty(size, dtype=torch.float32, device=s.device)
+            launch(*given, order, out, lse, do, dlse, dq, delta, part, scale)
             fold(part, classes, dbias)
+            return
+        launch(*given, *tiles.tables[:1], out, lse, do, dlse, dq, delta, lse, scale)  # two of them not read or written
         if apart is not None:
             apart(query, key, value, bias, lse, do, delta, dbias, scale)
 
@@ -303,8 +317,9 @@ class _Backward(NamedTuple):
 
 
 def _plan_backward(s: _Shape, lse_grad: bool, bias_grad: bool) -> _Backward:
+    apart = cache(lambda: s.tuned("bias_grad", lambda tile: _prepare_bias_grad(s, tile))) if bias_grad else None
     return _Backward(
-        s.tuned("query_grad", lambda tile: _prepare_query_grad(s, tile, lse_grad, bias_grad)),
+        s.tuned("query_grad", lambda tile: _prepare_query_grad(s, tile, lse_grad, apart)),
         s.tuned("key_grad", lambda tile: _prepare(s, kernels_attention_grad.key_grad_kernel, tile, by_key=True)),
     )
 

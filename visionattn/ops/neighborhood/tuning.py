@@ -11,6 +11,10 @@ from visionattn.ops._tiles import Search, searching
 __all__ = ["Search", "Tile", "candidates", "choose", "searching"]
 
 
+WHOLE = 256  # columns of a halo that may be taken whole: more unrolled steps take the compiler long
+_SIZES = ((64, 64, 4), (64, 128, 4), (32, 32, 2), (32, 64, 2), (32, 128, 2), (16, 32, 1), (128, 64, 8))
+
+
 class Tile(NamedTuple):
     """A program's rows each way, columns a step of its walk, warps, stages of its loads, images, registers a thread.
 
@@ -28,7 +32,11 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table: a kernel, its head dim at most, the rows of a tile and the rest of it."""
+    """A line of the table: a kernel, its head dim at most, the rows of a tile and the rest of it.
+
+    It is for dilation groups of at most ``group`` pixels, windows of at most ``window`` and, if ``biased`` is given,
+    for calls with a bias or for those without.
+    """
 
     kernel: str
     head_dim: int
@@ -39,17 +47,38 @@ class Row(NamedTuple):
     images: int = 1
     registers: int | None = None
     whole: int = 0
+    group: int = 1 << 30
+    window: int = 1 << 30
+    biased: bool | None = None
 
 
-# for 16-bit numbers on GPUs of compute capability 9, by their machine code; the first line that fits counts
+# for 16-bit numbers on GPUs of compute capability 9, measured on an H100; the first line that fits counts
 _TUNED = [
-    Row("forward", 64, 64, 64, 4, 2, 4),
+    Row("forward", 32, 64, 64, 4, 3, 4, 168, WHOLE, group=64),
+    Row("forward", 32, 32, 128, 2, 2, 4, 168, WHOLE, group=256, window=81),
+    Row("forward", 32, 32, 128, 2, 2, 4, 168, WHOLE, window=81, biased=True),
+    Row("forward", 32, 16, 32, 1, 2, 4, None, WHOLE, group=900, window=81),
+    Row("forward", 32, 32, 64, 2, 2, 8, 128, WHOLE, window=81),
+    Row("forward", 64, 64, 64, 4, 2, 4, 128),
     Row("forward", 128, 64, 64, 4, 1),
+    Row("query_grad", 32, 64, 64, 4, 2, 4, 128, WHOLE, group=64, biased=False),
+    Row("query_grad", 32, 32, 32, 2, 2, 4, 168, WHOLE, group=256, window=81, biased=False),
+    Row("query_grad", 32, 16, 32, 1, 2, 4, None, WHOLE, window=81, biased=False),
+    Row("query_grad", 32, 32, 32, 2, 2, 32, None, WHOLE, window=81, biased=True),
+    Row("query_grad", 64, 64, 64, 4, 2, 4, 128),
     Row("query_grad", 128, 64, 64, 4, 2),
+    Row("key_grad", 32, 64, 64, 4, 2, 4, 128, WHOLE, group=64),
+    Row("key_grad", 32, 32, 64, 2, 2, 4, None, WHOLE, window=81),
+    Row("key_grad", 64, 64, 64, 4, 2, 4, 128),
     Row("key_grad", 128, 64, 64, 4, 2),
-    Row("bias_grad", 64, 64, 64, 4, 2),
+    Row("bias_grad", 64, 64, 64, 4, 3),
     Row("bias_grad", 128, 64, 32, 4, 2),
 ]
+
+
+def _halo(height: int, width: int, group: tuple[int, int], kernel: tuple[int, int]) -> int:
+    """Pixels that a tile's windows reach."""
+    return min(height + kernel[0] - 1, group[0]) * min(width + kernel[1] - 1, group[1])
 
 
 @lru_cache(maxsize=256)
@@ -58,7 +87,7 @@ def shape(rows: int, group: tuple[int, int], kernel: tuple[int, int]) -> tuple[i
 
     def cost(height: int, width: int) -> tuple[int, int, int]:
         tiles = -(-group[0] // height) * -(-group[1] // width)
-        halo = min(height + kernel[0] - 1, group[0]) * min(width + kernel[1] - 1, group[1])
+        halo = _halo(height, width, group, kernel)
         return tiles * -(-halo // 16), tiles * halo, -width
 
     heights = range(1, min(rows, group[0]) + 1)
@@ -71,7 +100,7 @@ def _row(kernel: str, head_dim: int, itemsize: int) -> Row:
     if itemsize == 4:  # exact products of large tiles take the compiler long
         return Row(kernel, 64, 32, 32, 4, 1) if head_dim <= 64 else Row(kernel, 128, 16, 16, 2, 1)
     if head_dim <= 32:
-        return Row(kernel, 32, 64, 64, 4, 2)
+        return Row(kernel, 32, 32, 32, 2, 2, 8, None, WHOLE)
     return Row(kernel, 64, 32, 32, 2, 2) if head_dim <= 64 else Row(kernel, 128, 32, 32, 4, 2)
 
 
@@ -83,6 +112,7 @@ def choose(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    biased: bool,
 ) -> Tile:
     """Tile for a map of this size.
 
@@ -94,13 +124,15 @@ def choose(
         head_dim: Channels of a head with padding.
         dtype: Of the queries.
         device: Where they are.
+        biased: Whether there is a bias.
     """
     row = _row(kernel, head_dim, dtype.itemsize)
     group = -(-size[0] // dilation[0]), -(-size[1] // dilation[1])
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if dtype.itemsize == 2 and major == 9:
         for line in _TUNED:
-            if line.kernel == kernel and head_dim <= line.head_dim:
+            small = group[0] * group[1] <= line.group and window[0] * window[1] <= line.window
+            if line.kernel == kernel and head_dim <= line.head_dim and small and line.biased in (None, biased):
                 row = line
                 break
     height, width = shape(row.rows, group, window)
@@ -111,12 +143,11 @@ def candidates(tile: Tile, size: Sequence[int], window: tuple[int, int], dilatio
     """Tiles to try in a search around ``tile``, itself first."""
     group = -(-size[0] // dilation[0]), -(-size[1] // dilation[1])
     found = [tile]
-    for rows in (16, 32, 64, 128):
-        for columns in (32, 64, 128):
-            for warps in {max(1, rows // 16), max(1, rows // 32)}:
-                if columns < 128 or rows >= 64:
-                    found.append(Tile(*shape(rows, group, window), columns, warps, tile.stages))
-    found += [tile._replace(stages=stages) for stages in (1, 2, 3, 4)]
-    found += [tile._replace(images=images) for images in (1, 2, 4, 8)]
-    found += [tile._replace(registers=registers) for registers in (80, 96, 128, 168)]
+    for rows, columns, warps in _SIZES:
+        for whole, registers in ((0, 128), (WHOLE, None), (WHOLE, 128)):
+            height, width = shape(rows, group, window)
+            if not whole or _halo(height, width, group, window) <= whole:
+                found.append(Tile(height, width, columns, warps, 2, tile.images, registers, whole))
+    found += [tile._replace(stages=stages) for stages in (1, 2, 3)]
+    found += [tile._replace(images=images) for images in (1, 4, 8, 32)]
     return list(dict.fromkeys(found))
