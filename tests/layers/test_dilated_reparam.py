@@ -91,7 +91,7 @@ def test_branches_at_once_at_full_size(side, C, size, dtype, relative, together)
 
 
 def test_no_map_but_the_input_is_kept(together):
-    layer, x = prepared(5)
+    layer, x = prepared(5, size=(2, 9, 8))  # more values than the weights have
     kept = []
     with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
         layer(x.requires_grad_())

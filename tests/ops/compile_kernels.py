@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from visionattn.ops.depthwise import launch as depthwise
-from visionattn.ops.depthwise import launch_large
+from visionattn.ops.depthwise import launch_branches, launch_large
 from visionattn.ops.linear import launch as linear
 from visionattn.ops.neighborhood import launch as neighborhood
 from visionattn.ops.neighborhood import launch_sum as neighborhood_sum
@@ -156,7 +156,19 @@ def large_convolutions(capability):
         out = depthwise.forward(x, weight, torch.empty(C), None, dilation=dilation)
         depthwise.forward(out, weight, None, out, flip=True, dilation=dilation)
         depthwise.weight_grad(out, x, weight, None, dilation)
-        launch_large.statistics(x, weight, depthwise.arrange(weight), torch.empty(C), dilation)
+        launch_large.statistics_plan(x, weight, x, dilation, 0)[0](x, weight, torch.empty(C), x, x, torch.empty(C))
+
+
+def branches(capability):
+    """A sum of normalised convolutions, on a small map: what lies between them is the same on any."""
+    cases = [(64, torch.float32, torch.bfloat16), (10, torch.float16, torch.float16)]
+    for C, kind, dtype in cases if capability == 90 else cases[:1]:
+        x, kernels = torch.empty(2, 7, 7, C, dtype=dtype), [(7, 1), (5, 1), (3, 2), (3, 3)]
+        weights, norms = [torch.empty(C, 1, k, k, dtype=kind) for k, _ in kernels], [torch.empty(C, dtype=kind)] * 4
+        running = norms, norms, [torch.tensor(0)] * 4
+        plan = launch_branches.plan(x, weights, tuple(d for _, d in kernels))
+        out, kept = launch_branches.forward(plan, x, weights, norms, norms, running, 1e-5, 0.1)
+        launch_branches.backward(plan, out, x, kept, kind, [True] * 5)
 
 
 def run(capability):
@@ -173,6 +185,7 @@ def run(capability):
     linear_layers()
     neighborhood_sums()
     large_convolutions(capability)
+    branches(capability)
 
 
 run(int(sys.argv[1]))

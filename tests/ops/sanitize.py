@@ -102,9 +102,11 @@ def branches(dtype: torch.dtype, size: tuple[int, int, int], C: int) -> list[tor
     kernels = [(7, 1), (5, 1), (3, 2), (3, 3)]
     x, weights = leaf(*size, C, dtype=dtype), [leaf(C, 1, k, k) for k, _ in kernels]
     scales, shifts = [leaf(C) for _ in kernels], [leaf(C) for _ in kernels]
-    out, mean, variance = branch_sum(x, weights, [d for _, d in kernels], scales, shifts, [1e-5] * len(kernels))
+    means, variances = torch.zeros(len(kernels), C, device=DEVICE), torch.ones(len(kernels), C, device=DEVICE)
+    running = means.unbind(), variances.unbind(), [torch.tensor(0, device=DEVICE) for _ in kernels]
+    out = branch_sum(x, weights, [d for _, d in kernels], scales, shifts, running, 1e-5, 0.1)
     grads = torch.autograd.grad(out.float().sin().sum(), (x, *weights, *scales, *shifts))
-    return [out, mean, variance, *grads]
+    return [out, means, variances, *grads]
 
 
 def layers(dtype: torch.dtype, rows: int, C: int, hidden: int) -> list[torch.Tensor]:

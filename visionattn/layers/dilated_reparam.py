@@ -53,29 +53,32 @@ def _at_once(branches: list[Any], x: Tensor) -> bool:
     """Whether there is a way to compute all branches on ``x`` together."""
     if not channels_innermost(x) or not all(_learns(branch, x) for branch in branches):
         return False
-    if len({(branch[1].momentum, branch[1].running_mean.dtype) for branch in branches}) > 1:
+    convs, norms = [branch[0] for branch in branches], [branch[1] for branch in branches]
+    if any(norm.momentum != norms[0].momentum or norm.eps != norms[0].eps for norm in norms):
         return False
-    return serves(x.permute(0, 2, 3, 1), [branch[0].weight for branch in branches])
+    of_norms = [norm.weight for norm in norms], [norm.bias for norm in norms], *_running(norms)
+    weights, dilations = [conv.weight for conv in convs], [conv.dilation[0] for conv in convs]
+    return serves(x.permute(0, 2, 3, 1), weights, dilations, of_norms)
+
+
+def _running(norms: list[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+    return means, variances, [norm.num_batches_tracked for norm in norms]
 
 
 def _normalized_sum(branches: list[Any], x: Tensor) -> Tensor:
     """What the branches give in training, their running statistics brought up to date as ``nn.BatchNorm2d`` does."""
     convs, norms = [branch[0] for branch in branches], [branch[1] for branch in branches]
-    out, mean, variance = branch_sum(
+    out = branch_sum(
         x.permute(0, 2, 3, 1),
         [conv.weight for conv in convs],
         [conv.dilation[0] for conv in convs],
         [norm.weight for norm in norms],
         [norm.bias for norm in norms],
-        [norm.eps for norm in norms],
+        _running(norms),
+        norms[0].eps,
+        norms[0].momentum,
     )
-    with torch.no_grad():
-        count = x.numel() // x.shape[1]
-        dtype, momentum = norms[0].running_mean.dtype, norms[0].momentum
-        found = *mean.to(dtype).unbind(), *(variance * (count / (count - 1))).to(dtype).unbind()
-        running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        torch._foreach_lerp_(running, found, momentum)
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     return out.permute(0, 3, 1, 2)
 
 

@@ -6,7 +6,7 @@ largest one. So the forward pass finds the statistics of every branch and then c
 For the gradient ``g`` of the sum, a branch with ``y = conv(x, w)``, mean ``m``, inverse deviation ``s`` and factor
 ``f`` needs ``mean(g * (y - m) * s)``, which is linear in the gradient of the merged kernel and found from that for all
 branches together. The gradient of ``y`` over ``f * s`` is then ``g`` plus a constant plus a multiple of ``y``: again
-one convolution of ``x`` with a bias and the residual ``g``. Only ``x`` is kept.
+one convolution of ``x`` with a bias and the residual ``g``. Of the maps only ``x`` is kept.
 """
 
 from collections.abc import Sequence
@@ -18,106 +18,71 @@ from torch import Tensor
 from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
 from visionattn.ops.depthwise import eager
 
-
-def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether there are kernels for a map ``[B, H, W, C]`` and all these weights, and nothing has to see the calls."""
-    return (
-        launches(x)
-        and x.numel() > x.shape[3]
-        and all(w.shape[0] == x.shape[3] and w.device == x.device for w in weights)
-        and all(eager.serves(x, w, None, None) for w in weights)
-    )
+_MOST = 8  # branches that the kernels have arguments for
 
 
-def _grid(side: int, weight: Tensor, dilation: int) -> tuple[slice, slice]:
-    """Where on the grid of the large kernel the values of another one lie."""
-    margins = (side // 2 - dilation * (k // 2) for k in weight.shape[2:])
-    rows, columns = (slice(margin, side - margin, dilation) for margin in margins)
-    return rows, columns
-
-
-def merge(weights: Sequence[Tensor], dilations: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
-    """Sum of the kernels, each with a factor for every channel, on the grid of the first.
+def serves(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], norms: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether there are kernels for a map ``[B, H, W, C]`` and these branches, and nothing has to see the calls.
 
     Args:
-        weights: ``[C, 1, k, k]`` each, the largest first.
+        x: The map.
+        weights: Those of the convolutions.
         dilations: Distance of a kernel's values on the map, for each.
-        factors: ``[C]`` each.
-
-    Returns:
-        ``[C, 1, k, k]``.
+        norms: Several tensors of every norm, one sequence for all first ones and so on.
     """
-    kernel = weights[0] * factors[0][:, None, None, None]
-    for weight, dilation, factor in zip(weights[1:], dilations[1:], factors[1:], strict=True):
-        rows, columns = _grid(kernel.shape[2], weight, dilation)
-        kernel[:, :, rows, columns] += weight * factor[:, None, None, None]
-    return kernel
-
-
-def _level(x: Tensor, arranged: Sequence[Tensor]) -> Tensor:
-    """About the mean of every convolution, ``[branches, C]``, from a row of every image.
-
-    Squares are summed around it in float32: around 0 a mean of 100 deviations would leave the variance three digits.
-    """
-    return x[:, x.shape[1] // 2].mean((0, 1), dtype=torch.float32) * torch.stack([taps.sum(0) for taps in arranged])
+    if not launches(x) or x.numel() <= x.shape[3] or len(weights) > _MOST:
+        return False
+    C, device, reach = x.shape[3], x.device, weights[0].shape[2] // 2
+    for weight, dilation in zip(weights, dilations, strict=True):
+        k = weight.shape[2]
+        if weight.shape != (C, 1, k, k) or dilation * (k // 2) > reach or not eager.serves(x, weight, None, None):
+            return False
+    for group in (weights, *norms):
+        dtype = group[0].dtype
+        for y in group:
+            if y.dtype != dtype or y.device != device or not y.is_contiguous():
+                return False
+    return dilations[0] == 1
 
 
 class _BranchSum(torch.autograd.Function):
-    """The sum; besides it the statistics go out, for the running ones."""
+    """The sum; the norms' running statistics are changed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dilations: tuple[int, ...], eps: tuple[float, ...], *parameters: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        dilations: tuple[int, ...],
+        running: Sequence[Sequence[Tensor]],
+        eps: float,
+        momentum: float,
+        *parameters: Tensor,
+    ) -> Tensor:
         n, (launch, large) = len(dilations), _launchers()
         x = large.channels_inside(x)
-        weights, count = parameters[:n], x.numel() // x.shape[3]
-        factors, shifts = (torch.stack(parameters[i * n : (i + 1) * n]).float() for i in (1, 2))
-        arranged = [launch.arrange(w) for w in weights]
-        around = _level(x, arranged)
-        given = zip(weights, arranged, around.neg(), dilations, strict=True)
-        sums = [large.statistics(x, w, taps, shift, d) for w, taps, shift, d in given]
-        offset, square = (torch.stack(sums) / count).unbind(1)
-        mean, variance = offset + around, (square - offset * offset).clamp_(min=0.0)
-        inverse = torch.stack([v + e for v, e in zip(variance, eps, strict=True)]).rsqrt().float()
-        mean, variance = mean.float(), variance.float()
-        factors = factors * inverse
-        kernel = merge([w.float() for w in weights], dilations, list(factors))
-        out = launch.forward(x, kernel, (shifts - mean * factors).sum(0), None)
-        ctx.save_for_backward(x, mean, inverse, factors, *weights)
-        ctx.dilations, ctx.dtypes = dilations, [p.dtype for p in parameters]
-        ctx.mark_non_differentiable(mean, variance)
-        return out, mean, variance
+        weights, scales, shifts = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+        plan = launch.plan(x, weights, dilations)
+        out, kept = launch.forward(plan, x, weights, scales, shifts, running, eps, momentum)
+        ctx.save_for_backward(x, kept)
+        ctx.plan, ctx.dtype = plan, scales[0].dtype
+        return out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, mean, inverse, factors, *weights = ctx.saved_tensors
-        n, (launch, large) = len(weights), _launchers()
-        grad, full, count = large.channels_inside(grad), [w.float() for w in weights], x.numel() // x.shape[3]
-        merged, total = launch.weight_grad(grad, x, full[0], mean[0])
-        side, dots = full[0].shape[2], []
-        for w, d in zip(full, ctx.dilations, strict=True):
-            rows, columns = _grid(side, w, d)
-            dots.append((w * merged[:, :, rows, columns]).sum((1, 2, 3)))
-        dscale = inverse * (torch.stack(dots) - mean * total)  # sums of the gradient times the normalised result
-        multiple = dscale * inverse / -count
-        shifts = -total / count - multiple * mean
-        dx, dweights = None, [None] * n
-        for i, (w, d) in enumerate(zip(full, ctx.dilations, strict=True)):
-            factor = factors[i][:, None, None, None]
-            dy = launch.forward(x, w * multiple[i][:, None, None, None], shifts[i], grad, dilation=d)
-            if ctx.needs_input_grad[0]:
-                dx = launch.forward(dy, w * factor, None, dx, flip=True, dilation=d)
-            if ctx.needs_input_grad[3 + i]:
-                dweights[i] = launch.weight_grad(dy, x, w, mean[0] if i == 0 else None, d)[0] * factor
-        grads = (*dweights, *dscale, *([total] * n))
-        cast = (None if y is None else y.to(dtype) for y, dtype in zip(grads, ctx.dtypes, strict=True))
-        return None if dx is None else dx.to(x.dtype), None, None, *cast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, kept), (launch, large) = ctx.saved_tensors, _launchers()
+        n, needed = ctx.plan.branches, ctx.needs_input_grad
+        wanted = needed[0], *needed[_FIRST : _FIRST + n]
+        grad = large.channels_inside(grad)
+        dx, dweights, norms = launch.backward(ctx.plan, grad, x, kept, ctx.dtype, wanted)
+        return None if dx is None else dx.to(x.dtype), *[None] * (_FIRST - 1), *dweights, *norms
+
+
+_FIRST = 5  # of the arguments of the forward pass is a weight
 
 
 def _launchers() -> tuple[Any, Any]:
-    launch = launcher("depthwise")
+    launch = launcher("depthwise", "launch_branches")
     return launch, launch.launch_large
 
 
@@ -127,8 +92,10 @@ def branch_sum(
     dilations: Sequence[int],
     scales: Sequence[Tensor],
     shifts: Sequence[Tensor],
-    eps: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
+    running: Sequence[Sequence[Tensor]],
+    eps: float,
+    momentum: float,
+) -> Tensor:
     """Sum of depthwise convolutions, each normalised by the statistics of the batch, where ``serves`` says so.
 
     Args:
@@ -137,10 +104,16 @@ def branch_sum(
         dilations: Distance of a kernel's values on the map, for each.
         scales: Factors of the norms, ``[C]`` each.
         shifts: Offsets of the norms, ``[C]`` each.
+        running: Running means, running variances and int64 numbers of steps, brought up to date as ``nn.BatchNorm2d``
+            does.
         eps: Added to the variances.
+        momentum: Part of the batch in the running statistics.
 
     Returns:
-        The sum ``[B, H, W, C]``, and mean and (biased) variance of every branch, float32 ``[branches, C]``.
+        ``[B, H, W, C]``.
     """
     x = x.to(autocast_dtype(x))
-    return _BranchSum.apply(x, tuple(dilations), tuple(eps), *weights, *scales, *shifts)
+    out = _BranchSum.apply(x, tuple(dilations), running, eps, momentum, *weights, *scales, *shifts)
+    for group in running:
+        torch.autograd.graph.increment_version(group)
+    return out

@@ -55,13 +55,39 @@ def arrange(weight: Tensor) -> Tensor:
 
 
 def _plan(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, flip: bool, distance: int, _: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    flip: bool,
+    distance: int,
+    _: int = 1,
+    first: int = 0,
 ) -> Launch:
     sizes, other = _Sizes(x, weight, 1024), x if residual is None else residual
     terms = 0 if bias is None else x.shape[3], 0 if residual is None else x.shape[1]
-    taps = launch_large.order(weight, flip)
+    taps = launch_large.order(weight, flip, first)
     integers = *x.stride()[:3], *other.stride()[:3], distance, *taps, *sizes.integers, *terms
     return Launch(kernels_depthwise.forward_kernel, (sizes.tiles * sizes.slices,), integers, sizes.constants)
+
+
+def forward_plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    flip: bool,
+    distance: int,
+    dilation: int = 1,
+    first: int = 0,
+) -> tuple[Launch, bool]:
+    """The launch of ``forward``, and whether its last argument is the one for statistics, which are not made.
+
+    Pixels of the result are ``distance`` values apart; ``first`` is where the arranged values of the kernel begin.
+    """
+    unrolled = _unrolled(weight, dilation)
+    plan = _plan if unrolled else launch_large.forward_plan
+    return plan(x, weight, bias, residual, flip, distance, dilation, first), not unrolled
 
 
 def forward(
@@ -102,18 +128,33 @@ def forward(
     kind = None if bias is None else bias.dtype
     like = None if residual is None else layout(residual)
     key = layout(x), weight.shape, kind, like, flip, dilation, distance, out.dtype
-    unrolled = _unrolled(weight, dilation)
-    launch = _forward.get(key)
-    if launch is None:
-        plan = _plan if unrolled else launch_large.forward_plan
-        launch = _forward.keep(key, plan(x, weight, bias, residual, flip, distance, dilation))
+    plan = _forward.get(key)
+    if plan is None:
+        plan = _forward.keep(key, forward_plan(x, weight, bias, residual, flip, distance, dilation))
+    launch, large = plan
     arranged = arrange(weight) if arranged is None else arranged
     bias, residual = arranged if bias is None else bias.contiguous(), x if residual is None else residual
-    if unrolled:
-        launch(x, arranged, bias, residual, out)
+    if large:
+        launch(x, arranged, bias, residual, out, arranged)
     else:
-        launch(x, arranged, bias, residual, out, arranged)  # no statistics
+        launch(x, arranged, bias, residual, out)
     return out
+
+
+def weight_grad_plan(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1
+) -> tuple[Launch, int]:
+    """The launch that leaves sums ``[number, taps + 1, C]`` of the gradients, see ``weight_grad``, and their number.
+
+    Without ``bias`` the last of the rows may be left as it is.
+    """
+    if not _unrolled(weight, dilation):
+        return launch_large.weight_grad_plan(grad, x, weight, bias, dilation)
+    sizes = _Sizes(x, weight, 512)
+    programs = min(sizes.tiles, max(1, PROGRAMS // sizes.slices))
+    integers = *x.stride()[:3], *grad.stride()[:3], *sizes.integers, sizes.tiles
+    grid = (programs * sizes.slices,)
+    return Launch(kernels_depthwise.weight_grad_kernel, grid, integers, sizes.constants), programs
 
 
 def weight_grad(
@@ -122,17 +163,8 @@ def weight_grad(
     """Gradients of the weight, and of the bias if there is one, from that of the result."""
     grad, x = channels_inside(grad), channels_inside(x)
     key = layout(grad), layout(x), weight.shape, bias is None, dilation
-    launch, programs = _weight_grad.get(key) or (None, 0)
-    if launch is None and not _unrolled(weight, dilation):
-        launch, programs = launch_large.weight_grad_plan(grad, x, weight, bias, dilation)
-        _weight_grad.keep(key, (launch, programs))
-    elif launch is None:
-        sizes = _Sizes(x, weight, 512)
-        programs = min(sizes.tiles, max(1, PROGRAMS // sizes.slices))
-        grid = (programs * sizes.slices,)
-        integers = *x.stride()[:3], *grad.stride()[:3], *sizes.integers, sizes.tiles
-        launch = Launch(kernels_depthwise.weight_grad_kernel, grid, integers, sizes.constants)
-        _weight_grad.keep(key, (launch, programs))
+    plan = _weight_grad.get(key) or _weight_grad.keep(key, weight_grad_plan(grad, x, weight, bias, dilation))
+    launch, programs = plan
     taps = weight.shape[2] * weight.shape[3]
     partial = torch.empty((programs, taps + 1, x.shape[3]), dtype=torch.float32, device=x.device)
     launch(x, grad, partial)

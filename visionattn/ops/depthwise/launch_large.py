@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops._launch import Launch
 from visionattn.ops.depthwise import kernels_large
 
 WARPS = 4  # of a program
@@ -21,7 +20,6 @@ PARTIAL = 32 << 20  # bytes of their sums
 SIZES = 64  # of maps that kernels are compiled for
 
 _sizes: set[tuple[Any, ...]] = set()
-_statistics = Plans()
 
 
 def channels_inside(x: Tensor) -> Tensor:
@@ -55,10 +53,13 @@ def _channels(C: int) -> int:
     return min((64, 32, 16), key=lambda block: triton.cdiv(C, block) * block)
 
 
-def order(weight: Tensor, flip: bool) -> tuple[int, int]:
-    """Where the first of the arranged values of a kernel lies and how far apart they are; ``flip`` goes backwards."""
+def order(weight: Tensor, flip: bool, first: int = 0) -> tuple[int, int]:
+    """Where the first of the arranged values of a kernel lies and how far apart they are; ``flip`` goes backwards.
+
+    They begin at ``first``.
+    """
     C, taps = weight.shape[0], weight.shape[2] * weight.shape[3]
-    return ((taps - 1) * C, -C) if flip else (0, C)
+    return (first + (taps - 1) * C, -C) if flip else (first, C)
 
 
 class _Sizes:
@@ -92,17 +93,15 @@ def forward_plan(
     flip: bool,
     distance: int,
     dilation: int,
+    first: int = 0,
     statistics: bool = False,
 ) -> Launch:
-    """The launch of a convolution, see ``launch.forward``; with ``statistics`` of one whose sums alone are wanted.
-
-    Pixels of the result are ``distance`` values apart.
-    """
+    """The launch of a convolution, see ``launch.forward_plan``; with ``statistics`` only sums are wanted."""
     _, H, _, C = x.shape
     sizes = _Sizes(x, weight, dilation, _compiled_for(x))
     other = x if residual is None else residual
     terms = 0 if bias is None else C, 0 if residual is None else H, int(statistics)
-    integers = *x.stride()[:3], *other.stride()[:3], distance, *order(weight, flip), *sizes.integers, *terms
+    integers = *x.stride()[:3], *other.stride()[:3], distance, *order(weight, flip, first), *sizes.integers, *terms
     constants = dict(sizes.constants, BLOCK_P=sizes.lanes)
     grid = (sizes.programs * sizes.slices,)
     return Launch(kernels_large.large_kernel, grid, integers, constants, num_warps=WARPS, num_stages=1)
@@ -133,22 +132,21 @@ def weight_grad_plan(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     return launch, programs * block_p
 
 
-def statistics(x: Tensor, weight: Tensor, arranged: Tensor, shift: Tensor, dilation: int) -> Tensor:
-    """Sums of a convolution's result plus a shift, and of the squares of that, without it: float64 ``[2, C]``.
+def statistics_plan(x: Tensor, weight: Tensor, shift: Tensor, dilation: int, first: int) -> tuple[Launch, int]:
+    """The launch that finds sums of a convolution's result plus a shift, and of the squares of that, without it.
+
+    It takes the map, arranged weights, the shift, and the map twice more, which leaves the dtype of a result that is
+    not stored: of the dtype of one it shares the kernel. The sums come last, float32 ``[programs, 2, C]``.
 
     Args:
         x: Map, ``[B, H, W, C]``, channels side by side.
         weight: ``[C, 1, kh, kw]``.
-        arranged: ``launch.arrange(weight)``.
-        shift: float32 ``[C]``, contiguous.
+        shift: float32 ``[C]``.
         dilation: Distance of the kernel's values on the map.
+        first: Where the arranged values of the kernel begin.
+
+    Returns:
+        The launch and the number of programs.
     """
-    key = layout(x), weight.shape, dilation
-    launch, programs = _statistics.get(key) or (None, 0)
-    if launch is None:
-        programs = _Sizes(x, weight, dilation, False).programs
-        launch = forward_plan(x, weight, shift, None, False, x.shape[3], dilation, statistics=True)
-        _statistics.keep(key, (launch, programs))
-    sums = torch.empty((programs, 2, x.shape[3]), dtype=torch.float32, device=x.device)
-    launch(x, arranged, shift, x, x, sums)  # which stores no result: of the dtype of one it shares the kernel
-    return sums.sum(0, dtype=torch.float64)
+    launch = forward_plan(x, weight, shift, None, False, x.shape[3], dilation, first, statistics=True)
+    return launch, _Sizes(x, weight, dilation, False).programs
