@@ -129,12 +129,107 @@ def test_variances_hold_where_means_are_large(together):
         assert errors[1] <= 2 * errors[0] + 1e-6 * expected[name].abs().max(), name
 
 
-def test_frozen_kernels_get_no_gradient(together):
+@pytest.mark.parametrize("frozen", [slice(None), slice(0, 1), slice(1, 3)])
+def test_frozen_kernels_get_no_gradient(frozen, together):
     layer, x = prepared(5)
-    for branch in (layer.large, *layer.dilated.values()):
+    for branch in [layer.large, *layer.dilated.values()][frozen]:
         branch[0].requires_grad_(False)
     compare(layer, x, 2e-5)
     assert len(together) == 2
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels, one for every launch; plans are made anew."""
+    pytest.importorskip("triton")
+    from visionattn.ops.depthwise import launch_branches
+
+    names, run = [], launch_branches.Launch.__call__
+    monkeypatch.setattr(launch_branches, "_plans", launch_branches.Plans())
+    monkeypatch.setattr(
+        launch_branches.Launch, "__call__", lambda self, *args: names.append(self._kernel.__name__) or run(self, *args)
+    )
+    return names
+
+
+def test_few_launches_lie_between_the_convolutions(launched):
+    layer, x = prepared(5)
+    x.requires_grad_()
+    with use_backend("triton"):
+        out = layer(x)
+        assert len(launched) == 3 + 3 + 1  # statistics, what lies between, the convolution
+        launched.clear()
+        out.sin().sum().backward()
+    assert len(launched) == 3 + 3 * 4  # of the merged kernel and the norms; of each branch
+    assert sum(name == "weight_sum_kernel" for name in launched) == 3
+
+
+def test_only_wanted_gradients_are_computed(launched):
+    layer, x = prepared(5)
+    layer.dilated.requires_grad_(False)
+    with use_backend("triton"):
+        out = layer(x)  # of which no gradient is wanted
+        launched.clear()
+        grads = torch.autograd.grad(out.sin().sum(), list(layer.large.parameters()))
+    assert len(launched) == 3 + 3
+    with use_backend("eager"):
+        expected = torch.autograd.grad(layer(x).sin().sum(), list(layer.large.parameters()))
+    for e, a in zip(expected, grads, strict=True):
+        assert_close("grad", e, a, 2e-5)
+
+
+def test_sums_of_many_parts(launched, monkeypatch):
+    """What large maps need: programs that add up in several steps."""
+    from visionattn.ops.depthwise import launch_branches
+
+    for name in ("PIXELS", "VALUES", "STATISTICS", "GRADIENTS"):
+        monkeypatch.setattr(launch_branches, f"{name}_AT_ONCE", 4)
+    monkeypatch.setattr(launch_branches, "PIXELS", 21)
+    compare(*prepared(5, size=(5, 6, 7)), 2e-5)
+    assert launched
+
+
+def test_gradients_lie_as_their_parameters_do(launched):
+    """Or each would be copied where it is kept."""
+    layer, x = prepared(5)
+    layer.to(memory_format=torch.channels_last)
+    with use_backend("triton"):
+        layer(x).sin().sum().backward()
+    assert launched
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
+        assert parameter.grad.data_ptr() % 16 == 0 or parameter.dim() == 1, name
+    compare(layer, x, 2e-5)
+
+
+def test_layers_of_one_geometry_share_their_launches_alone(launched):
+    from visionattn.ops.depthwise import launch_branches
+
+    for _ in range(2):
+        compare(*prepared(5), 2e-5)
+    assert launched
+    assert len(launch_branches._plans) == 1
+
+
+def test_two_runs_are_equal(together):
+    layer, x = prepared(5)
+    runs = [trained(copy.deepcopy(layer), x, "triton") for _ in range(2)]
+    assert len(together) == 2
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_parameters_in_half_precision(together):
+    layer, x = prepared(5, dtype=torch.float16)
+    compare(layer.half(), x, 2e-2)
+    assert len(together) == 2
+
+
+def test_running_statistics_count_as_changed(together):
+    layer, x = prepared(5)
+    versions = [buffer._version for buffer in layer.buffers()]
+    with use_backend("triton"):
+        layer(x)
+    assert all(buffer._version > version for buffer, version in zip(layer.buffers(), versions, strict=True))
 
 
 def first_norm(change):
@@ -148,9 +243,16 @@ APART = {
     "evaluation": lambda layer: layer.eval(),
     "frozen norm": first_norm(lambda norm: norm.eval()),
     "cumulative average": first_norm(lambda norm: setattr(norm, "momentum", None)),
+    "other eps": first_norm(lambda norm: setattr(norm, "eps", 0.1)),
     "other momentum": first_norm(lambda norm: setattr(norm, "momentum", 0.3)),
     "hook": first_norm(lambda norm: norm.register_forward_hook(lambda module, args, out: 2 * out)),
     "no norm": lambda layer: layer.large.__setitem__(1, nn.Identity()),
+    "kernel that is no square": lambda layer: layer.dilated["k3_1"].__setitem__(
+        0, nn.Conv2d(5, 5, (1, 3), padding=(0, 1), groups=5, bias=False, device=DEVICE)
+    ),
+    "kernel beyond the large one": lambda layer: layer.dilated["k3_1"].__setitem__(
+        0, nn.Conv2d(5, 5, 7, padding=3, groups=5, bias=False, device=DEVICE)
+    ),
     "replaced": lambda layer: setattr(layer, "large", nn.Sequential(*layer.large)),
 }
 

@@ -49,37 +49,21 @@ def _learns(branch: Any, x: Tensor) -> bool:
     )
 
 
-def _at_once(branches: list[Any], x: Tensor) -> bool:
-    """Whether there is a way to compute all branches on ``x`` together."""
+def _at_once(branches: list[Any], x: Tensor) -> tuple[Any, ...] | None:
+    """What ``branch_sum`` wants, if it can compute all branches on ``x`` together."""
     if not channels_innermost(x) or not all(_learns(branch, x) for branch in branches):
-        return False
-    convs, norms = [branch[0] for branch in branches], [branch[1] for branch in branches]
-    if any(norm.momentum != norms[0].momentum or norm.eps != norms[0].eps for norm in norms):
-        return False
-    of_norms = [norm.weight for norm in norms], [norm.bias for norm in norms], *_running(norms)
-    weights, dilations = [conv.weight for conv in convs], [conv.dilation[0] for conv in convs]
-    return serves(x.permute(0, 2, 3, 1), weights, dilations, of_norms)
-
-
-def _running(norms: list[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return None
+    convs, norms = zip(*branches, strict=True)
+    eps, momentum = norms[0].eps, norms[0].momentum
+    if any(norm.eps != eps or norm.momentum != momentum for norm in norms):
+        return None
+    x, weights, dilations = x.permute(0, 2, 3, 1), [conv.weight for conv in convs], [conv.dilation[0] for conv in convs]
+    scales, shifts = [norm.weight for norm in norms], [norm.bias for norm in norms]
     means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
-    return means, variances, [norm.num_batches_tracked for norm in norms]
-
-
-def _normalized_sum(branches: list[Any], x: Tensor) -> Tensor:
-    """What the branches give in training, their running statistics brought up to date as ``nn.BatchNorm2d`` does."""
-    convs, norms = [branch[0] for branch in branches], [branch[1] for branch in branches]
-    out = branch_sum(
-        x.permute(0, 2, 3, 1),
-        [conv.weight for conv in convs],
-        [conv.dilation[0] for conv in convs],
-        [norm.weight for norm in norms],
-        [norm.bias for norm in norms],
-        _running(norms),
-        norms[0].eps,
-        norms[0].momentum,
-    )
-    return out.permute(0, 3, 1, 2)
+    running = means, variances, [norm.num_batches_tracked for norm in norms]
+    if not serves(x, weights, dilations, (scales, shifts, *running)):
+        return None
+    return x, weights, dilations, scales, shifts, running, eps, momentum
 
 
 class DilatedReparamConv(nn.Module):
@@ -118,8 +102,9 @@ class DilatedReparamConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             branches = [self.large, *self.dilated.values()]
-            if self.training and _at_once(branches, x):
-                return _normalized_sum(branches, x)
+            given = _at_once(branches, x) if self.training else None
+            if given is not None:
+                return branch_sum(*given).permute(0, 3, 1, 2)
         out = self.large(x)
         for branch in self.dilated.values():
             out = out + branch(x)

@@ -19,6 +19,11 @@ from visionattn.ops.depthwise import kernels_branches, launch, launch_large
 BRANCHES = 8  # that the kernels have arguments for
 CHANNELS = 8  # of a program that has one branch: one sector of memory in float32
 PIXELS = 1024  # from which the level of a branch is found, at least one row
+# how much of what a program adds up it reads at once
+PIXELS_AT_ONCE = 256
+VALUES_AT_ONCE = 64  # of a kernel
+STATISTICS_AT_ONCE = 512  # sums that programs found
+GRADIENTS_AT_ONCE = 128  # the same
 APART = 32  # gradients of weights start at multiples of so many values, for the optimizer's wide loads
 
 _plans = Plans()
@@ -62,9 +67,10 @@ class Plan:
         images = min(B, max(1, PIXELS // W))
         # the middle row of so many images, as far apart as can be
         integers = (H // 2 * x.stride(1), B // images * x.stride(0), x.stride(2), images * W, W, C, *self.sides)
-        grid, constants = (triton.cdiv(C, CHANNELS), self.branches), dict(BLOCK_N=256, BLOCK_T=64, BLOCK_C=CHANNELS)
+        grid, constants = (triton.cdiv(C, CHANNELS), self.branches), dict(BLOCK_C=CHANNELS)
+        constants.update(BLOCK_N=PIXELS_AT_ONCE, BLOCK_T=VALUES_AT_ONCE)
         self.pack = Launch(kernels_branches.pack_kernel, grid, integers, constants)
-        constants = dict(BRANCHES=self.branches, BLOCK_N=512, BLOCK_C=CHANNELS)
+        constants = dict(BRANCHES=self.branches, BLOCK_N=STATISTICS_AT_ONCE, BLOCK_C=CHANNELS)
         integers = self.taps, C, self.count, *_filled(self.programs, 0)
         self.fold = Launch(kernels_branches.fold_kernel, grid, integers, constants, num_warps=8)
         grid, constants = (triton.cdiv(self.side**2, 16), triton.cdiv(C, 64)), dict(BLOCK_T=16, BLOCK_C=64)
@@ -126,9 +132,9 @@ class _Backward:
         self.merged, programs = launch.weight_grad_plan(grad, x, plan.weights[0], x)
         self.width, self.partial = (plan.side**2 + 1) * C, programs * (plan.side**2 + 1) * C
         grid, integers = (1, triton.cdiv(self.width, 32)), (programs, self.width, 0, 1)
-        self.fold = Launch(kernels_sums.sum_kernel, grid, integers, dict(BLOCK_N=128, BLOCK_C=32))
+        self.fold = Launch(kernels_sums.sum_kernel, grid, integers, dict(BLOCK_N=GRADIENTS_AT_ONCE, BLOCK_C=32))
         grid, integers = (triton.cdiv(C, CHANNELS), n), (taps, C, plan.count, *plan.geometry)
-        constants = dict(BRANCHES=n, BLOCK_T=64, BLOCK_C=CHANNELS)
+        constants = dict(BRANCHES=n, BLOCK_T=VALUES_AT_ONCE, BLOCK_C=CHANNELS)
         self.norms = Launch(kernels_branches.norm_grad_kernel, grid, integers, constants)
         self.dy, self.dx, self.dw, self.sum, self.views, self.total = [], [], [], [], [], 0
         for i, (w, d, first) in enumerate(zip(plan.weights, plan.dilations, plan.firsts, strict=True)):
@@ -140,7 +146,7 @@ class _Backward:
             values = w.shape[2] ** 2
             self.partial = max(self.partial, programs * (values + 1) * C)
             grid, integers = (values, triton.cdiv(C, 32)), (programs, C, values, (taps + 2 * n + i) * C)
-            constants = dict(BLOCK_N=128, BLOCK_C=32)
+            constants = dict(BLOCK_N=GRADIENTS_AT_ONCE, BLOCK_C=32)
             self.sum.append(Launch(kernels_branches.weight_sum_kernel, grid, integers, constants))
             self.views.append((w.shape, w.stride(), self.total))
             self.total += math.ceil(w.numel() / APART) * APART
