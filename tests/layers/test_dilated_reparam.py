@@ -179,13 +179,16 @@ def test_only_wanted_gradients_are_computed(launched):
 
 
 def test_sums_of_many_parts(launched, monkeypatch):
-    """What large maps need: programs that add up in several steps."""
+    """What large maps and many channels need: programs that add up in several steps, and several slices."""
     from visionattn.ops.depthwise import launch_branches
 
-    for name in ("PIXELS", "VALUES", "STATISTICS", "GRADIENTS"):
-        monkeypatch.setattr(launch_branches, f"{name}_AT_ONCE", 4)
-    monkeypatch.setattr(launch_branches, "PIXELS", 21)
-    compare(*prepared(5, size=(5, 6, 7)), 2e-5)
+    for name, count in dict(PIXELS=8, VALUES=8, STATISTICS=2, GRADIENTS=8).items():
+        monkeypatch.setattr(launch_branches, f"{name}_AT_ONCE", count)
+    monkeypatch.setattr(launch_branches, "PIXELS", 13)
+    layer, x = prepared(5, C=66, size=(4, 3, 5))
+    expected = trained(copy.deepcopy(layer).double(), x.double(), "eager")
+    for name, value in trained(layer, x, "triton").items():
+        assert_close(name, expected[name].double(), value, 2e-5)
     assert launched
 
 
