@@ -69,14 +69,14 @@ class _BranchSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dilations: tuple[int, ...], eps: tuple[float, ...], *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n, (launch, large) = len(dilations), _launchers()
-        x = large.channels_inside(x)
+        n, launch = len(dilations), launcher("depthwise")
+        x = launch.channels_inside(x)
         weights, count = parameters[:n], x.numel() // x.shape[3]
         factors, shifts = (torch.stack(parameters[i * n : (i + 1) * n]).float() for i in (1, 2))
         arranged = [launch.arrange(w) for w in weights]
         around = _level(x, arranged)
         given = zip(weights, arranged, around.neg(), dilations, strict=True)
-        sums = [large.statistics(x, w, taps, shift, d) for w, taps, shift, d in given]
+        sums = [launch.launch_large.statistics(x, w, taps, shift, d) for w, taps, shift, d in given]
         offset, square = (torch.stack(sums) / count).unbind(1)
         mean, variance = offset + around, (square - offset * offset).clamp_(min=0.0)
         inverse = torch.stack([v + e for v, e in zip(variance, eps, strict=True)]).rsqrt().float()
@@ -93,8 +93,8 @@ class _BranchSum(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, mean, inverse, factors, *weights = ctx.saved_tensors
-        n, (launch, large) = len(weights), _launchers()
-        grad, full, count = large.channels_inside(grad), [w.float() for w in weights], x.numel() // x.shape[3]
+        n, launch = len(weights), launcher("depthwise")
+        grad, full, count = launch.channels_inside(grad), [w.float() for w in weights], x.numel() // x.shape[3]
         merged, total = launch.weight_grad(grad, x, full[0], mean[0])
         side, dots = full[0].shape[2], []
         for w, d in zip(full, ctx.dilations, strict=True):
@@ -114,11 +114,6 @@ class _BranchSum(torch.autograd.Function):
         grads = (*dweights, *dscale, *([total] * n))
         cast = (None if y is None else y.to(dtype) for y, dtype in zip(grads, ctx.dtypes, strict=True))
         return None if dx is None else dx.to(x.dtype), None, None, *cast
-
-
-def _launchers() -> tuple[Any, Any]:
-    launch = launcher("depthwise")
-    return launch, launch.launch_large
 
 
 def branch_sum(
