@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visionattn.ops._dispatch import KERNEL_DTYPES
 from visionattn.ops._launch import Launch, Plans, channels_inside, layout
+from visionattn.ops._tiles import Search, searching
 from visionattn.ops.neighborhood import geometry, kernels_attention, kernels_attention_grad, tuning
 from visionattn.ops.neighborhood.tuning import Tile
 
@@ -87,9 +88,9 @@ class _Shape:
             self.device,
             self.biased,
         )
-        if tuning.searching(self.device):
+        if searching(self.device):
             found = tuning.candidates(tile, (self.H, self.W), self.kernel, self.dilation)
-            return tuning.Search(kernel, found, prepare)
+            return Search(kernel, found, prepare)
         return prepare(tile)
 
     def prepare(self, kernel: Any, grid: tuple[int, ...], integers: tuple[int, ...], tile: Tile, **more: Any) -> Launch:

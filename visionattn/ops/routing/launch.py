@@ -10,9 +10,10 @@ from torch import Tensor
 
 from visionattn.ops._dispatch import KERNEL_DTYPES
 from visionattn.ops._launch import Launch, Plans, channels_inside, layout
+from visionattn.ops._tiles import Search, Tile, searching
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, tiles
 from visionattn.ops.routing.checks import check_attention
-from visionattn.ops.routing.tiles import Tile, block
+from visionattn.ops.routing.tiles import block
 
 DENSE_TOKENS, DENSE_REGIONS = 256, 64  # largest map that one program holds, and regions that a bit mask has
 DENSE_BYTES = 32768  # of its keys in one program; shared memory must hold these and the values
@@ -101,8 +102,8 @@ class _Shape:
 
     def tuned(self, kernel: str, tile: Tile, prepare: Callable[[Tile], Launch]) -> Callable[..., None]:
         """The launch with ``tile``, or a search around it."""
-        if tiles.searching(self.device):
-            return tiles.Search(kernel, tiles.candidates(tile), prepare)
+        if searching(self.device):
+            return Search(kernel, tiles.candidates(tile), prepare)
         return prepare(tile)
 
     def prepare(self, kernel: Any, programs: int, integers: tuple[int, ...], tile: Tile, **constants: Any) -> Launch:
