@@ -44,6 +44,35 @@ def test_plans_forget_the_oldest():
     assert list(plans) == ["b", "c"]
 
 
+def test_a_search_passes_over_tiles_that_cannot_be_prepared_or_launched(monkeypatch, caplog):
+    from visionattn.ops import _tiles
+
+    launched = []
+    monkeypatch.setattr(_tiles, "milliseconds", lambda run: (run(), 1.0)[1])
+
+    def prepare(tile):
+        if tile == "wide":
+            raise ValueError("too many programs")
+
+        def launch(x):
+            if tile == "high":
+                raise RuntimeError("too much shared memory")
+            launched.append(tile)
+
+        return launch
+
+    x = torch.zeros(1, device=DEVICE)
+    with caplog.at_level("INFO", logger="visionattn"):
+        _tiles.Search("sum", ["wide", "high", "small"], prepare)(x)
+    assert launched == ["small", "small"]  # once for its time
+    wide, high, fastest = caplog.messages
+    assert wide == "sum: wide does not work: too many programs"
+    assert high == "sum: high does not work: too much shared memory"
+    assert fastest.startswith("sum: fastest of 1 is small")
+    with pytest.raises(RuntimeError, match="no tile of 2 works for sum"):
+        _tiles.Search("sum", ["wide", "high"], prepare)(x)
+
+
 @pytest.mark.parametrize("scale", [1, 0.125, 2])
 def test_scale_may_be_an_integer(scale):
     q, k, v = torch.randn(3, 1, 8, 8, 1, 16, device=DEVICE)

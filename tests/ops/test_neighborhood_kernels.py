@@ -191,7 +191,7 @@ def test_search_finds_tiles_that_work(bias, monkeypatch, caplog):
     monkeypatch.setenv("VISIONATTN_AUTOTUNE", "1")
     if DEVICE == "cpu":  # the interpreter's times mean nothing: take the last of a few candidates
         order = itertools.count()
-        monkeypatch.setattr(tuning, "searching", lambda device: True)
+        monkeypatch.setattr(launch, "searching", lambda device: True)
         monkeypatch.setattr(_tiles, "milliseconds", lambda run: (run(), -next(order))[1])
         found = tuning.candidates
         monkeypatch.setattr(tuning, "candidates", lambda *args: found(*args)[:2])

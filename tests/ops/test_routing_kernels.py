@@ -111,12 +111,12 @@ def test_two_runs_are_equal(name):
 @pytest.mark.parametrize(("name", "kernels"), [("small_regions", 3), ("odd_tiny_regions", 2)])
 def test_search_finds_tiles_that_work(name, kernels, monkeypatch, caplog):
     from visionattn.ops import _tiles
-    from visionattn.ops.routing import launch, tiles
+    from visionattn.ops.routing import launch
 
     monkeypatch.setenv("VISIONATTN_AUTOTUNE", "1")
     if DEVICE == "cpu":  # the interpreter's times mean nothing: take the last candidate
         order = itertools.count()
-        monkeypatch.setattr(tiles, "searching", lambda device: True)
+        monkeypatch.setattr(launch, "searching", lambda device: True)
         monkeypatch.setattr(_tiles, "milliseconds", lambda run: (run(), -next(order))[1])
     plans = launch._forward_plans, launch._backward_plans
     for plan in plans:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visionattn.tasks import benchmark_ops
+from visionattn.tasks.operator_forms import FLEX
 from visionattn.tasks.records import ORIGIN
 
 
@@ -12,6 +13,19 @@ def on_the_cpu(monkeypatch):
     """Forms on the CPU, uncompiled."""
     monkeypatch.setattr(benchmark_ops, "_DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def flex_fails(small_shapes, monkeypatch):
+    """A peer that cannot run, in the operators of the test's ``small_shapes``."""
+
+    def prepare(data, shape):
+        raise NotImplementedError("no kernel | of a kind\nand more of it")
+
+    for name, operator in benchmark_ops.OPERATORS.items():
+        if FLEX in operator.forms:
+            forms = operator.forms | {FLEX: operator.forms[FLEX]._replace(prepare=prepare)}
+            monkeypatch.setitem(benchmark_ops.OPERATORS, name, operator._replace(forms=forms))
 
 
 @pytest.fixture

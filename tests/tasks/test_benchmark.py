@@ -50,13 +50,18 @@ def test_models_are_timed_side_by_side(capsys):
     assert "Batch 3" in output and "PyTorch" in output
 
 
-def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys):
+def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="visionattn")
     path = tmp_path / "new" / "models.csv"
     modes = "--modes", "inference,training,features", "--rounds", "1", "--batch-size", "2", "--output", str(path)
     benchmark("test_overlock", *modes, "--model-kwargs", "num_classes=7", "--input-size", "64", "96")
     rows = read(path)
     assert list(rows[0]) == [*COLUMNS, *ORIGIN]
     assert [row["mode"] for row in rows] == ["inference", "training", "features"]
+    progress = [re.sub(r"\d+", "#", record.getMessage()) for record in caplog.records if record.name == "visionattn"]
+    assert progress == [
+        f"test_overlock, {row['mode']}: {line}" for row in rows for line in ("ready after # s", "# images/s")
+    ]
     for row in rows:
         assert float(row["images_per_s"]) == pytest.approx(2000 / float(row["median_ms"]), rel=1e-3)
         assert (row["height"], row["width"], row["model_kwargs"], row["peak_gib"]) == ("64", "96", "num_classes=7", "")

@@ -166,7 +166,7 @@ def read(path):
         return {(row["shape"], row["form"]): row for row in csv.DictReader(file)}
 
 
-def test_rows_of_attention(clocks, tmp_path, monkeypatch):
+def test_rows_of_attention(clocks, flex_fails, tmp_path, monkeypatch):
     natten(monkeypatch, lambda query, key, value, kernel_size, dilation: 1.2 * query)
     seen = []
     table = benchmark_ops(tmp_path / "a.csv", None, 1, "neighborhood_attention", report=seen.append)

@@ -20,6 +20,7 @@ import torch
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "eager", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the Triton kernels serve
 
 
 def _checked(name: str, origin: str) -> str:

@@ -1,4 +1,4 @@
-"""Search for the tile sizes of a kernel.
+"""Tile sizes of a kernel, and the search for them.
 
 With ``VISIONATTN_AUTOTUNE=1`` in the environment the first call of every shape tries a handful of tiles on its own
 tensors (a second or two of compilation each), keeps the fastest for the rest of the process, and reports it to the
@@ -9,12 +9,22 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 logger = logging.getLogger("visionattn")
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile of scores, its warps, stages of its loads, and most registers a thread."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None = None
 
 
 def milliseconds(run: Callable[[], None]) -> float:
@@ -42,10 +52,10 @@ class Search:
         found: list[tuple[float, Any, Callable[..., None]]] = []
         with torch.cuda.device(args[0].device if args[0].is_cuda else -1):
             for tile in self._tiles:
-                launch = self._prepare(tile)
                 try:
+                    launch = self._prepare(tile)
                     found.append((milliseconds(partial(launch, *args)), tile, launch))
-                except Exception as error:  # too large for this GPU, or for its compiler
+                except Exception as error:  # too large for a grid, for this GPU, or for its compiler
                     logger.info("%s: %s does not work: %s", self._kernel, tile, error)
         if not found:
             raise RuntimeError(f"no tile of {len(self._tiles)} works for {self._kernel}; unset VISIONATTN_AUTOTUNE")

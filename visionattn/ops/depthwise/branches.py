@@ -58,8 +58,8 @@ class _BranchSum(torch.autograd.Function):
         momentum: float,
         *parameters: Tensor,
     ) -> Tensor:
-        n, (launch, large) = len(dilations), _launchers()
-        x = large.channels_inside(x)
+        n, launch = len(dilations), launcher("depthwise", "launch_branches")
+        x = launcher("depthwise").channels_inside(x)
         weights, scales, shifts = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
         plan = launch.plan(x, weights, dilations)
         out, kept = launch.forward(plan, x, weights, scales, shifts, running, eps, momentum)
@@ -70,20 +70,15 @@ class _BranchSum(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, kept), (launch, large) = ctx.saved_tensors, _launchers()
+        (x, kept), launch = ctx.saved_tensors, launcher("depthwise", "launch_branches")
         n, needed = ctx.plan.branches, ctx.needs_input_grad
         wanted = needed[0], *needed[_FIRST : _FIRST + n]
-        grad = large.channels_inside(grad)
+        grad = launcher("depthwise").channels_inside(grad)
         dx, dweights, norms = launch.backward(ctx.plan, grad, x, kept, ctx.dtype, wanted)
         return None if dx is None else dx.to(x.dtype), *[None] * (_FIRST - 1), *dweights, *norms
 
 
 _FIRST = 5  # of the arguments of the forward pass is a weight
-
-
-def _launchers() -> tuple[Any, Any]:
-    launch = launcher("depthwise", "launch_branches")
-    return launch, launch.launch_large
 
 
 def branch_sum(

@@ -8,18 +8,17 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.ops._dispatch import differentiable_once, launcher, use_triton
+from visionattn.ops._dispatch import KERNEL_DTYPES, differentiable_once, launcher, use_triton
 from visionattn.ops.depthwise import reference
 
 MAX_KERNEL = 19
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether there is a kernel for these dtypes and this size of the kernel."""
-    if x.dtype not in _SERVED or weight.dtype not in _SERVED or max(weight.shape[2:]) > MAX_KERNEL:
+    if x.dtype not in KERNEL_DTYPES or weight.dtype not in KERNEL_DTYPES or max(weight.shape[2:]) > MAX_KERNEL:
         return False
-    return (bias is None or bias.dtype in _SERVED) and (residual is None or residual.dtype in _SERVED)
+    return (bias is None or bias.dtype in KERNEL_DTYPES) and (residual is None or residual.dtype in KERNEL_DTYPES)
 
 
 def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:

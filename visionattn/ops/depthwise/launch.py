@@ -7,9 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops._launch import Launch, Plans, layout, sum_programs
+from visionattn.ops._launch import Launch, Plans, channels_inside, layout, sum_programs
 from visionattn.ops.depthwise import kernels_depthwise, launch_large
-from visionattn.ops.depthwise.launch_large import channels_inside
 
 ROWS = 4  # of a tile: more would take registers from other programs
 PROGRAMS = 396  # of the weight gradient at most, all slices together: three for each of 132 processors

@@ -22,11 +22,6 @@ SIZES = 64  # of maps that kernels are compiled for
 _sizes: set[tuple[Any, ...]] = set()
 
 
-def channels_inside(x: Tensor) -> Tensor:
-    """``x`` itself where channels lie side by side, else a copy."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 def _compiled_for(*maps: Tensor) -> bool:
     """Whether the kernels may know row strides beforehand: for the first sizes of maps that come, since more than a few
     would cost more time to compile than they save. The numbers are the same.

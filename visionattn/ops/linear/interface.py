@@ -5,10 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from visionattn.ops._dispatch import autocast_dtype, launches
+from visionattn.ops._dispatch import KERNEL_DTYPES, autocast_dtype, launches
 from visionattn.ops.linear import autograd
-
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _fits(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, cast: bool) -> bool:
@@ -16,14 +14,14 @@ def _fits(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, ca
     for y in (weight,) if bias is None else (weight, bias):
         if type(y) is not Parameter and type(y) is not Tensor:  # quantised or distributed parameters
             return False
-        if y.device != x.device or (y.dtype not in _SERVED if cast else y.dtype != dtype):
+        if y.device != x.device or (y.dtype not in KERNEL_DTYPES if cast else y.dtype != dtype):
             return False
     return weight.dim() == 2 and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _dtype(x: Tensor) -> torch.dtype | None:
     """Dtype of the result for a map that the kernels serve."""
-    if not launches(x) or x.dim() == 0 or x.dtype not in _SERVED or x.numel() == 0:
+    if not launches(x) or x.dim() == 0 or x.dtype not in KERNEL_DTYPES or x.numel() == 0:
         return None
     return autocast_dtype(x)
 

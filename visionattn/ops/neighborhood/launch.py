@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops._dispatch import KERNEL_DTYPES
+from visionattn.ops._launch import Launch, Plans, channels_inside, layout
+from visionattn.ops._tiles import Search, searching
 from visionattn.ops.neighborhood import geometry, kernels_attention, kernels_attention_grad, tuning
 from visionattn.ops.neighborhood.tuning import Tile
 
@@ -19,7 +21,6 @@ PROGRAMS = 2048  # that keep a GPU busy; with more, one may serve several images
 FUSED_PROGRAMS = 384  # the same where each leaves a tile of float32 for the gradient of the bias
 BIAS_PROGRAMS = 2048  # of the bias gradient; each writes a tile of float32
 
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 _forward_plans, _backward_plans = Plans(), Plans()
 _recorded: set[Any] = set()  # tables of which CUDA graphs have the addresses
 
@@ -33,7 +34,7 @@ def _addressable(x: Tensor) -> bool:
 def serves(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Sequence[int]) -> bool:
     """Whether there is a kernel for these tensors."""
     return (
-        query.dtype in _SERVED
+        query.dtype in KERNEL_DTYPES
         and query.shape[0] <= MAX_GRID
         and query.shape[1] <= MAX_GRID
         and query.shape[4] <= MAX_HEAD_DIM
@@ -43,11 +44,6 @@ def serves(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kerne
         and _addressable(key)
         and _addressable(value)
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` itself where channels lie side by side, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Shape:
@@ -92,9 +88,9 @@ class _Shape:
             self.device,
             self.biased,
         )
-        if tuning.searching(self.device):
+        if searching(self.device):
             found = tuning.candidates(tile, (self.H, self.W), self.kernel, self.dilation)
-            return tuning.Search(kernel, found, prepare)
+            return Search(kernel, found, prepare)
         return prepare(tile)
 
     def prepare(self, kernel: Any, grid: tuple[int, ...], integers: tuple[int, ...], tile: Tile, **more: Any) -> Launch:
@@ -292,7 +288,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``visionattn::neighborhood_attention`` on the device; arguments must have been checked."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = channels_inside(query), channels_inside(key), channels_inside(value)
     bias = None if bias is None else bias.contiguous()
     name = (layout(query), layout(key), layout(value), bias is None or bias.dtype, *kernel, *dilation)
     run = _forward_plans.get(name)
@@ -339,7 +335,7 @@ def backward(
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``visionattn::neighborhood_attention_backward`` on the device; no gradient of the bias unless ``bias_grad``."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = channels_inside(query), channels_inside(key), channels_inside(value)
     bias, lse_grad = None if bias is None else bias.contiguous(), grad_lse is not None
     bias_grad = bias_grad and bias is not None
     signature = bias is None or bias.dtype, lse_grad, bias_grad

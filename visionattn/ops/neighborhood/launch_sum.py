@@ -8,17 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
+from visionattn.ops._dispatch import KERNEL_DTYPES
 from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops._tiles import Search, Tile, searching
 from visionattn.ops.neighborhood import kernels_sum, kernels_sum_grads
-from visionattn.ops.routing import tiles
-from visionattn.ops.routing.tiles import Tile
 
 MAX_KERNEL, MAX_CHANNELS = 25, 128  # taps of a row are registers of a lane, and tiles have at least 8 columns
 ROW = 32  # longest row of a map that one tile takes whole
 FIXED_PIXELS = 1024  # maps up to this size have kernels of their own, with the distance of taps in the instructions
 PROGRAMS = 1056  # of the sum over images: eight for each of 132 processors
 
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 _forward_plans, _backward_plans = Plans(), Plans()
 
 
@@ -30,9 +29,9 @@ def _extent(x: Tensor) -> int:
 def serves(logits: Tensor, value: Tensor, bias: Tensor | None, kernels: Sequence[int]) -> bool:
     """Whether there is a kernel for these tensors."""
     return (
-        logits.dtype in _SERVED
-        and value.dtype in _SERVED
-        and (bias is None or bias.dtype in _SERVED)
+        logits.dtype in KERNEL_DTYPES
+        and value.dtype in KERNEL_DTYPES
+        and (bias is None or bias.dtype in KERNEL_DTYPES)
         and value.shape[4] <= MAX_CHANNELS
         and len(kernels) > 0
         and max(kernels) <= MAX_KERNEL
@@ -124,9 +123,9 @@ class _Shape:
     def tuned(self, kernel: str, prepare: Callable[[Tile], Launch]) -> Callable[..., None]:
         """The launch with the tile of the rule, or a search among others."""
         tile = self.tile(kernel)
-        if tiles.searching(self.device):
+        if searching(self.device):
             found = [t._replace(registers=r) for t in (tile, *self.tiles(kernel)) for r in (None, 64, 80, 96, 128)]
-            return tiles.Search(kernel, list(dict.fromkeys(found)), prepare)
+            return Search(kernel, list(dict.fromkeys(found)), prepare)
         return prepare(tile)
 
     def prepare(self, kernel: Any, programs: int, integers: tuple[int, ...], tile: Tile, **constants: Any) -> Launch:

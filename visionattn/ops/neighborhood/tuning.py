@@ -6,11 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from visionattn.ops._tiles import Search, searching
-
-__all__ = ["Search", "Tile", "candidates", "choose", "searching"]
-
-
 WHOLE = 256  # columns of a halo that may be taken whole: more unrolled steps take the compiler long
 _SIZES = ((64, 64, 4), (64, 128, 4), (32, 32, 2), (32, 64, 2), (32, 128, 2), (16, 32, 1), (128, 64, 8))
 

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.ops._dispatch import autocast_dtype, launches
+from visionattn.ops._dispatch import KERNEL_DTYPES, autocast_dtype, launches
 from visionattn.ops.norm import autograd
 
 MAX_CHANNELS = 1024  # what a program can hold of a row
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -24,9 +23,9 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         launches(x)
         and x.shape[-1] <= MAX_CHANNELS
         and x.numel() > 0
-        and x.dtype in _SERVED
-        and weight.dtype in _SERVED
-        and bias.dtype in _SERVED
+        and x.dtype in KERNEL_DTYPES
+        and weight.dtype in KERNEL_DTYPES
+        and bias.dtype in KERNEL_DTYPES
         and weight.device == x.device == bias.device
     )
 
@@ -79,7 +78,7 @@ def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: 
             raise ValueError(
                 f"add_layer_norm wants delta in the shape of x, got {tuple(delta.shape)}, {tuple(x.shape)}"
             )
-    if _served(x, weight, bias) and type(delta) is Tensor and delta.dtype in _SERVED and delta.device == x.device:
+    if _served(x, weight, bias) and type(delta) is Tensor and delta.dtype in KERNEL_DTYPES and delta.device == x.device:
         dtype = torch.promote_types(autocast_dtype(x), autocast_dtype(delta))
         return autograd.add_layer_norm(x, delta, weight, bias, eps, dtype)
     total = x + delta

@@ -8,10 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops._dispatch import KERNEL_DTYPES
+from visionattn.ops._launch import Launch, Plans, channels_inside, layout
+from visionattn.ops._tiles import Search, Tile, searching
 from visionattn.ops.routing import kernels_dense, kernels_listed, kernels_tables, tiles
 from visionattn.ops.routing.checks import check_attention
-from visionattn.ops.routing.tiles import Tile, block
+from visionattn.ops.routing.tiles import block
 
 DENSE_TOKENS, DENSE_REGIONS = 256, 64  # largest map that one program holds, and regions that a bit mask has
 DENSE_BYTES = 32768  # of its keys in one program; shared memory must hold these and the values
@@ -20,7 +22,6 @@ MAX_REGIONS = 32767  # what an entry of the inverted list can name, and count
 MAX_TABLES = 65535  # programs along the second axis of a grid
 MAX_HEAD_DIM = 128
 
-_SERVED = (torch.float32, torch.float16, torch.bfloat16)
 _forward_plans, _backward_plans, _table_plans = Plans(), Plans(), Plans()
 
 
@@ -34,7 +35,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, index: Tensor, kv_region: 
     B, tables, P, K = index.shape
     key_regions = key.shape[1] * key.shape[2] // max(1, kv_region[0] * kv_region[1])
     return (
-        query.dtype in _SERVED
+        query.dtype in KERNEL_DTYPES
         and query.shape[4] <= MAX_HEAD_DIM
         and max(P, K, key_regions) <= MAX_REGIONS
         and B * tables <= MAX_TABLES
@@ -49,11 +50,6 @@ def serves(query: Tensor, key: Tensor, value: Tensor, index: Tensor, kv_region: 
 def _log2(n: int) -> int:
     """Exponent of a power of two, -1 for other numbers."""
     return n.bit_length() - 1 if n & (n - 1) == 0 else -1
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` itself where channels lie side by side, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Shape:
@@ -106,8 +102,8 @@ class _Shape:
 
     def tuned(self, kernel: str, tile: Tile, prepare: Callable[[Tile], Launch]) -> Callable[..., None]:
         """The launch with ``tile``, or a search around it."""
-        if tiles.searching(self.device):
-            return tiles.Search(kernel, tiles.candidates(tile), prepare)
+        if searching(self.device):
+            return Search(kernel, tiles.candidates(tile), prepare)
         return prepare(tile)
 
     def prepare(self, kernel: Any, programs: int, integers: tuple[int, ...], tile: Tile, **constants: Any) -> Launch:
@@ -186,7 +182,7 @@ def forward(
     """``visionattn::routed_attention`` on the device; arguments are checked where their signature is new."""
     if scale <= 0:  # the kernels find the maximum before they scale
         query, scale = query * scale, 1.0
-    query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
+    query, key, value, index = channels_inside(query), channels_inside(key), channels_inside(value), index.contiguous()
     name = (layout(query), layout(key), layout(value), layout(index), tuple(q_region), tuple(kv_region))
     run = _forward_plans.get(name)
     if run is None:
@@ -328,7 +324,7 @@ def backward(
     factor = 1.0
     if scale <= 0:
         query, factor, scale = query * scale, scale, 1.0
-    query, key, value, index = _rows(query), _rows(key), _rows(value), index.contiguous()
+    query, key, value, index = channels_inside(query), channels_inside(key), channels_inside(value), index.contiguous()
     lse_grad = grad_lse is not None
     spread = 1 if grads is None else 3
     regions = tuple(q_region), tuple(kv_region)
@@ -360,7 +356,7 @@ def _plan_region_mean(x: Tensor, region: Sequence[int]) -> tuple[Launch, tuple[i
 
 def region_mean(x: Tensor, region: Sequence[int]) -> Tensor:
     """``visionattn::region_mean`` on the device."""
-    x = _rows(x)
+    x = channels_inside(x)
     name = ("mean", layout(x), *region)
     run, shape = _table_plans.get(name) or _table_plans.keep(name, _plan_region_mean(x, region))
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -387,7 +383,7 @@ def _plan_topk(query: Tensor, key: Tensor, topk: int) -> tuple[Launch, tuple[int
 def topk_regions(query: Tensor, key: Tensor, topk: int) -> Tensor:
     """``visionattn::topk_regions`` on the device."""
     heads = query.shape[1] if query.dim() == 4 else 1
-    query, key = (_rows(x.float()) for x in (query, key))
+    query, key = (channels_inside(x.float()) for x in (query, key))
     if query.dim() == 4:
         query, key = query.flatten(0, 1), key.flatten(0, 1)
     name = ("topk", layout(query), layout(key), topk)

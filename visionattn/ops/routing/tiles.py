@@ -1,24 +1,9 @@
 """Tile sizes of the routed kernels: measured ones where there are some, a rule elsewhere, a search on request."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 
-from visionattn.ops._tiles import Search, searching
-
-__all__ = ["Search", "Tile", "block", "candidates", "choose", "searching"]
-
-
-class Tile(NamedTuple):
-    """Rows and columns of a program's tile of scores, its warps, stages of its loads, and most registers a thread."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
+from visionattn.ops._tiles import Tile
 
 # (kernel, head dim at most, bytes of a number, compute capability's first digit, columns at least): tile. Measured on
 # an H100. 64 rows are the smallest tile of Hopper's matrix instructions for a whole group of four warps.
