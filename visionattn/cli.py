@@ -213,10 +213,13 @@ def _keyword(text: str) -> tuple[str, Any]:
 
 
 _OPERATORS = ("routed_attention", "neighborhood_attention", "neighborhood_sum")
-_SHAPES_HELP = "with --ops: networks for the calls of the published networks, of the neighbourhood operators"
+_SHAPES_HELP = (
+    "with --ops: networks for the calls of the published networks, of the neighbourhood operators, "
+    "windows for those of DaViT, of neighborhood_attention"
+)
 _FORMS_HELP = (
     "with --ops: only these of visionattn,gather,dense SDPA,flex_attention (routed_attention), "
-    "visionattn,visionattn + bias,NATTEN,flex_attention,dense SDPA,eager (neighborhood_attention), "
+    "visionattn,visionattn + bias,NATTEN,flex_attention,windows + SDPA,dense SDPA,eager (neighborhood_attention), "
     "visionattn,eager,windows (neighborhood_sum)"
 )
 
@@ -234,7 +237,7 @@ def _add_benchmark(commands: Any) -> None:
     add("--attention", type=int, metavar="SIDE", help="HiLo and its peers on maps of this side")
     add("--ops", action="store_true", help="an operator and its peers on a CUDA device")
     add("--operator", choices=_OPERATORS, default=_OPERATORS[0], help=f"with --ops (default {_OPERATORS[0]})")
-    add("--shapes", choices=("default", "networks"), default="default", help=_SHAPES_HELP)
+    add("--shapes", choices=("default", "networks", "windows"), default="default", help=_SHAPES_HELP)
     add("--forms", metavar="A,B", help=_FORMS_HELP)
     add("--output", help="with models or --ops: CSV file to append to")
     add("--dim", type=int, default=384, help="with --attention: channels of the maps (default 384)")

@@ -233,7 +233,7 @@ if torch.cuda.is_available():
         largest = max(grad.norm() for grad in grads)
         for expected, actual in zip(grads, actual_grads, strict=True):
             # before a norm some gradients are nothing but rounding errors
-            assert (expected - actual).norm() <= 5e-3 * max(expected.norm(), 1e-4 * largest)
+            assert (expected - actual).norm() <= 5e-3 * max(expected.norm(), 1e-3 * largest)
         for (name, expected), (_, actual) in zip(other.named_buffers(), model.named_buffers(), strict=True):
             assert (expected - actual).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1.0), name
 

@@ -127,11 +127,18 @@ def packed(dtype: torch.dtype, side: int, heads: int, d: int, region: int, kerne
 
 
 def neighbours(
-    dtype: torch.dtype, size: tuple[int, int, int], heads: int, d: int, kernel: int, dilation: int, biased: bool
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    heads: int,
+    d: int,
+    kernel: int,
+    dilation: int,
+    biased: bool,
+    stride: int = 1,
 ) -> list[torch.Tensor]:
     """Neighbourhood attention on slices of a packed projection."""
     qkv, bias = leaf(*size, 3, heads, d, dtype=dtype), leaf(heads, 2 * kernel - 1, 2 * kernel - 1)
-    out = neighborhood_attention(*qkv.unbind(3), kernel, dilation, bias if biased else None)
+    out = neighborhood_attention(*qkv.unbind(3), kernel, dilation, bias if biased else None, stride=stride)
     grads = torch.autograd.grad(out.float().sin().sum(), (qkv, bias) if biased else (qkv,))
     return [out, *grads]
 
@@ -168,6 +175,8 @@ OTHERS = {
     "neighbours, bias, ragged": lambda: neighbours(FULL, (2, 7, 9), 1, 10, 5, 1, True),
     "neighbours, dilated": lambda: neighbours(FULL, (1, 7, 8), 1, 8, 3, 2, False),
     "neighbours, dilated, bias": lambda: neighbours(HALF, (1, 9, 7), 2, 24, 3, 2, True),
+    "neighbours, stride, ragged": lambda: neighbours(HALF, (1, 8, 7), 1, 16, 3, 1, True, 2),
+    "neighbours, windows apart": lambda: neighbours(HALF, (2, 6, 9), 1, 16, 3, 1, False, 3),
     "window sums": lambda: sums(HALF, (2, 7, 7), 2, 16, [3, 5], True),
     "window sums, ragged": lambda: sums(FULL, (1, 5, 9), 1, 10, [3, 5], True),
     "window sums, no softmax": lambda: sums(FULL, (1, 6, 5), 2, 7, [3], False),

@@ -115,22 +115,24 @@ def test_cut_regions_and_channels_change_nothing(name, dtype):
         assert_close(label, expected, actual, rel)
 
 
-# neighbourhood operators: batch, side of the map, heads, head_dim, kernel, dilation
+# neighbourhood operators: batch, side of the map, heads, head_dim, kernel, dilation, stride
 WINDOWS = [
-    (1, 56, 2, 32, 7, 1),
-    (2, 28, 4, 32, 7, 4),
-    (2, 14, 8, 32, 7, 1),
-    (1, 7, 16, 32, 7, 1),
-    (1, 56, 2, 32, 13, 1),
+    (1, 56, 2, 32, 7, 1, 1),
+    (2, 28, 4, 32, 7, 4, 1),
+    (2, 14, 8, 32, 7, 1, 1),
+    (1, 7, 16, 32, 7, 1, 1),
+    (1, 56, 2, 32, 13, 1, 1),
+    (1, 56, 3, 32, 7, 1, 7),
+    (1, 56, 2, 32, 13, 1, 10),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("B, side, heads, d, kernel, dilation", WINDOWS)
-def test_neighborhood_attention_is_bounded(B, side, heads, d, kernel, dilation, dtype):
+@pytest.mark.parametrize("B, side, heads, d, kernel, dilation, stride", WINDOWS)
+def test_neighborhood_attention_is_bounded(B, side, heads, d, kernel, dilation, stride, dtype):
     query, key, value = (torch.randn(B, side, side, heads, d).to(dtype) for _ in range(3))
     bias = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1).to(dtype)
-    rest = [kernel, kernel], [dilation, dilation], d**-0.5
+    rest = [kernel, kernel], [dilation, dilation], d**-0.5, [stride, stride]
     (out, lse), extra = run_metered(OPS.neighborhood_attention, query, key, value, bias, *rest)
     grads = torch.randn_like(out), torch.randn_like(lse)
     _, more = run_metered(OPS.neighborhood_attention_backward, *grads, query, key, value, bias, out, lse, *rest)

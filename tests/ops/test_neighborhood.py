@@ -2,13 +2,13 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_close, assert_golden, inputs, load_reference
 
 from visionattn.ops import neighborhood_attention, neighborhood_sum, use_backend
 from visionattn.ops.neighborhood.reference import windows
+from visionattn.ops.neighborhood.tiles import first_keys, segments
 
 OPS = torch.ops.visionattn
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -84,15 +84,47 @@ def test_sum_equals_published(backend):
         assert_golden(label, stored[label], x)
 
 
-@pytest.mark.parametrize("length, kernel, dilation", [(7, 7, 1), (9, 3, 1), (15, 7, 2), (23, 5, 3), (12, 3, 4)])
-def test_windows_follow_the_rule(length, kernel, dilation):
-    positions, relative = windows(length, kernel, dilation)
+AXES = [(7, 7, 1, 1), (9, 3, 1, 1), (15, 7, 2, 1), (23, 5, 3, 1), (12, 3, 4, 1)]
+AXES += [(23, 7, 1, 2), (21, 7, 1, 7), (31, 5, 2, 3), (20, 6, 1, 4), (27, 4, 2, 4), (17, 8, 1, 8)]
+
+
+@pytest.mark.parametrize("length, kernel, dilation, stride", AXES)
+def test_windows_follow_the_rule(length, kernel, dilation, stride):
+    positions, relative = windows(length, kernel, dilation, stride=stride)
     for i in range(length):
         group = list(range(i % dilation, length, dilation))
         place = group.index(i)
-        start = min(max(place - kernel // 2, 0), len(group) - kernel)
+        leader = min(place // stride * stride + stride // 2, len(group) - 1)
+        start = min(max(leader - kernel // 2, 0), len(group) - kernel)
         assert positions[i].tolist() == group[start : start + kernel]
         assert relative[i].tolist() == [start + j - place + kernel - 1 for j in range(kernel)]
+
+
+@pytest.mark.parametrize("kernel", range(1, 11))
+def test_every_query_lies_in_its_own_window(kernel):
+    """So relative positions stay in the table, and every key has a query, whatever remains of the last group."""
+    for length, stride in itertools.product(range(kernel, 3 * kernel + 3), range(1, kernel + 1)):
+        positions, relative = windows(length, kernel, 1, stride=stride)
+        own = torch.arange(length)[:, None]
+        assert (positions == own).any(1).all() and torch.equal(relative, positions - own + kernel - 1)
+        assert relative.min() >= 0 and relative.max() <= 2 * kernel - 2 and (positions.diff(dim=0) >= 0).all()
+        assert tuple(positions[:, 0].tolist()) == first_keys(length, kernel, stride)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 8, 30])
+@pytest.mark.parametrize("length, kernel, dilation, stride", AXES)
+def test_segments_cover_every_query_once(length, kernel, dilation, stride, size):
+    positions, relative = windows(length, kernel, dilation, stride=stride)
+    seen = []
+    for shape, found in segments(length, kernel, dilation, size, stride).items():
+        for segment in found:
+            queries, keys = (list(range(length))[x] for x in segment)
+            assert len(keys) == shape.keys <= (kernel if size <= stride == kernel else length)
+            for i, query in list(enumerate(queries))[shape.skip :]:
+                assert keys[shape.starts[i] : shape.starts[i] + kernel] == positions[query].tolist()
+                assert shape.relative[i] == relative[query, 0]
+                seen.append(query)
+    assert sorted(seen) == list(range(length))
 
 
 def attention_inputs(size, heads, d, kernel, bias, dtype=torch.float64):
@@ -107,6 +139,10 @@ CASES = [
     dict(size=(1, 7, 7), heads=3, d=2, kernel=(7, 7), dilation=(1, 1)),
     dict(size=(2, 13, 29), heads=2, d=5, kernel=(1, 3), dilation=(3, 4)),
     dict(size=(1, 30, 19), heads=2, d=8, kernel=(13, 9), dilation=(2, 1)),
+    dict(size=(2, 19, 22), heads=2, d=3, kernel=(7, 5), dilation=(1, 2), stride=(3, 4)),
+    dict(size=(1, 28, 15), heads=1, d=4, kernel=(7, 7), dilation=(1, 1), stride=(7, 7)),
+    dict(size=(2, 16, 13), heads=2, d=4, kernel=(8, 4), dilation=(1, 1), stride=(8, 2)),
+    dict(size=(1, 29, 40), heads=2, d=2, kernel=(13, 11), dilation=(2, 1), stride=(13, 1)),
 ]
 RELATIVE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -121,7 +157,9 @@ def test_attention_equals_plain_form(case, bias, dtype):
     for backend, given in (("reference", exact), ("auto", [*tensors, table])):
         given_tensors = [x for x in given if x is not None]
         with use_backend(backend):
-            out = neighborhood_attention(*given[:3], case["kernel"], case["dilation"], given[3])
+            out = neighborhood_attention(
+                *given[:3], case["kernel"], case["dilation"], given[3], stride=case.get("stride", 1)
+            )
         loss = (out * inputs(out.shape, 1).to(out.dtype)).sum()
         results.append((out, *torch.autograd.grad(loss, given_tensors)))
     for label, expected, actual in zip(("out", "dq", "dk", "dv", "dbias"), *results, strict=False):
@@ -149,7 +187,9 @@ def test_sum_equals_plain_form(size, kernels, softmax, dtype):
 
 def test_gradients_equal_differences():
     *x, table = attention_inputs((1, 5, 6), 2, 2, (3, 3), True)
-    assert torch.autograd.gradcheck(lambda *a: OPS.neighborhood_attention(*a, [3, 3], [1, 2], 0.5), (*x, table))
+    for rest in ((), ([2, 3],)):
+        rest = [3, 3], [1, 2], 0.5, *rest
+        assert torch.autograd.gradcheck(lambda *a, rest=rest: OPS.neighborhood_attention(*a, *rest), (*x, table))
     logits = torch.randn(1, 34, 1, 5, 5, dtype=torch.float64, requires_grad=True)
     value = torch.randn(1, 5, 5, 2, 2, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(1, 25 + 81, dtype=torch.float64, requires_grad=True)
@@ -162,7 +202,13 @@ def test_gradients_equal_differences():
 @pytest.mark.parametrize("bias", [False, True])
 def test_operators_are_registered_properly(bias):
     *x, table = attention_inputs((2, 8, 9), 2, 4, (3, 5), bias, torch.float32)
-    torch.library.opcheck(OPS.neighborhood_attention, (*x, table, [3, 5], [2, 1], 0.5))
+    rest = [3, 5], [2, 1], 0.5
+    torch.library.opcheck(OPS.neighborhood_attention, (*x, table, *rest))
+    torch.library.opcheck(OPS.neighborhood_attention, (*x, table, *rest, [3, 2]))
+    given = [None if a is None else a.detach() for a in (*x, table)]
+    out, lse = OPS.neighborhood_attention(*given, *rest, [3, 2])
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    torch.library.opcheck(OPS.neighborhood_attention_backward, (*grads, *given, out, lse, *rest, [3, 2]))
     logits, value = torch.randn(2, 34, 2, 7, 8, requires_grad=True), torch.randn(2, 7, 8, 4, 3, requires_grad=True)
     tables = torch.randn(2, 25 + 81, requires_grad=True) if bias else None
     torch.library.opcheck(OPS.neighborhood_sum, (logits, value, tables, [3, 5], True))
@@ -179,7 +225,10 @@ def test_autocast_takes_the_dtype_of_the_call():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(kernel_size=4), r"kernel_size=\(4, 4\) must be odd"),
+        (dict(kernel_size=4), r"kernel_size=\(4, 4\) must be odd and"),
+        (dict(kernel_size=4, stride=3), r"\(4, 4\) must be odd \(or even where stride=\(3, 3\) is\)"),
+        (dict(stride=0), r"stride=\(0, 0\) must be at least 1"),
+        (dict(stride=(1, 4)), r"stride=\(1, 4\) .* at most kernel_size=\(3, 3\).*in width choose 1 .* to 3"),
         (dict(kernel_size=(3, 9)), r"at least 9 pixels in width, got 8x7"),
         (dict(dilation=3), r"at least 9 pixels in height"),
         (dict(dilation=0), "dilation"),
@@ -210,16 +259,64 @@ def test_wrong_arguments_of_sum_are_named(change, message):
         neighborhood_sum(torch.zeros(1, 81, 1, 8, 9), torch.zeros(1, 8, 9, 1, 2), [9])
 
 
-def test_windows_of_all_pixels_equal_a_loop():
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_windows_of_all_pixels_equal_a_loop(stride):
     q, k, v = (torch.randn(1, 6, 5, 1, 3, dtype=torch.float64) for _ in range(3))
     bias = torch.randn(1, 5, 5, dtype=torch.float64)
-    out = neighborhood_attention(q, k, v, 3, 1, bias, 0.7)
+    out = neighborhood_attention(q, k, v, 3, 1, bias, 0.7, stride)
+    first = {  # of the rows and of the columns
+        1: ([0, 0, 1, 2, 3, 3], [0, 0, 1, 2, 2]),
+        2: ([0, 0, 2, 2, 3, 3], [0, 0, 2, 2, 2]),
+        3: ([0, 0, 0, 3, 3, 3], [0, 0, 0, 2, 2]),
+    }
     for y, x in itertools.product(range(6), range(5)):
-        top, left = np.clip(y - 1, 0, 3), np.clip(x - 1, 0, 2)
+        top, left = first[stride][0][y], first[stride][1][x]
         pixels = [(top + a, left + b) for a in range(3) for b in range(3)]
         scores = torch.stack([0.7 * k[0, i, j, 0] @ q[0, y, x, 0] + bias[0, i - y + 2, j - x + 2] for i, j in pixels])
         expected = scores.softmax(0) @ torch.stack([v[0, i, j, 0] for i, j in pixels])
         assert_close("pixel", expected, out[0, y, x, 0], 1e-12)
+
+
+@BACKENDS
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", [(7, 7), (4, 3)])
+def test_stride_of_the_kernel_is_window_attention(kernel, bias, backend):
+    size, heads, d = (2, 4 * kernel[0], 3 * kernel[1]), 2, 5
+    *x, table = attention_inputs(size, heads, d, kernel, bias)
+    with use_backend(backend):
+        out = neighborhood_attention(*x, kernel, 1, table, stride=kernel)
+
+    def split(x):  # [windows, heads, pixels, d]
+        x = x.unflatten(2, (-1, kernel[1])).unflatten(1, (-1, kernel[0])).permute(0, 1, 3, 5, 2, 4, 6)
+        return x.flatten(4, 5).flatten(0, 2)
+
+    mask = None
+    if bias:
+        y, x_ = (torch.arange(k) for k in kernel)
+        y, x_ = (x[None] - x[:, None] + len(x) - 1 for x in (y, x_))  # key less query
+        mask = table[:, y[:, None, :, None], x_[None, :, None, :]].flatten(3).flatten(1, 2)
+    joined = torch.nn.functional.scaled_dot_product_attention(*map(split, x), mask)
+    given = [*x, *([table] if bias else [])]
+    weights = torch.randn_like(out)
+    expected = joined, *torch.autograd.grad((joined * split(weights)).sum(), given)
+    actual = split(out), *torch.autograd.grad((out * weights).sum(), given)
+    for label, e, a in zip(("out", "dq", "dk", "dv", "dbias"), expected, actual, strict=False):
+        assert_close(label, e, a, 1e-12)
+
+
+def test_stride_goes_through_compilers():
+    q, k, v = torch.randn(3, 2, 9, 11, 1, 4).unbind(0)
+    expected = neighborhood_attention(q, k, v, (3, 5), (2, 1), stride=(2, 5))
+    assert not torch.equal(expected, neighborhood_attention(q, k, v, (3, 5), (2, 1)))
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return neighborhood_attention(q, k, v, (3, 5), (2, 1), stride=(2, 5))
+
+    compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(Module(), (q, k, v)).module()
+    for run in (compiled, exported):
+        assert torch.equal(run(q, k, v), expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

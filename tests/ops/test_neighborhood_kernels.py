@@ -28,9 +28,16 @@ CASES = dict(
     tall_window=dict(size=(1, 15, 6), heads=1, d=40, kernel=(13, 3)),
     large_window=dict(size=(1, 23, 8), heads=1, d=8, kernel=(21, 7)),
     wide_heads=dict(size=(1, 8, 8), heads=1, d=128, kernel=(5, 5)),
+    stride=dict(size=(2, 17, 19), heads=1, d=8, kernel=(7, 5), stride=(3, 4)),
+    dilated_stride=dict(size=(1, 14, 21), heads=2, d=8, kernel=(5, 3), dilation=(1, 3), stride=(2, 3)),
+    stride_of_one_axis=dict(size=(1, 3, 40), heads=1, d=16, kernel=(3, 9), stride=(1, 9)),
+    windows=dict(size=(2, 14, 21), heads=2, d=16, kernel=(7, 7), stride=(7, 7)),
+    ragged_windows=dict(size=(1, 16, 9), heads=1, d=8, kernel=(7, 4), stride=(7, 4)),
+    even_windows=dict(size=(1, 12, 13), heads=1, d=8, kernel=(6, 8), stride=(2, 4)),
 )
 SMALL = dict(size=(1, 9, 8), heads=1, d=8, kernel=(3, 5), dilation=(2, 1))
 BIASED = ["ragged_tiles", "borders_meet", "dilated", "group_is_window", "one_row", "wide_heads"]
+BIASED += ["stride", "dilated_stride", "stride_of_one_axis", "windows", "ragged_windows", "even_windows"]
 
 
 def results(case, dtype, kind, backend, bias=False, scale=None, shift=0.0):
@@ -44,6 +51,7 @@ def results(case, dtype, kind, backend, bias=False, scale=None, shift=0.0):
     packed, table = (x.to(DEVICE, dtype).to(kind).requires_grad_() for x in (packed, table))
     q, k, v = (x.view(*size, heads, d) for x in packed.chunk(3, dim=-1))
     rest = list(kernel), list(case.get("dilation", (1, 1))), d**-0.5 if scale is None else scale
+    rest += (list(case["stride"]),) if "stride" in case else ()
     function = reference.neighborhood_attention if backend == "reference" else OPS.neighborhood_attention
     with use_backend(backend):
         out, lse = function(q, k, v, table if bias else None, *rest)
@@ -82,7 +90,7 @@ def test_bias_and_its_gradient_equal_reference(name):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["inner_tiles", "dilated"])
+@pytest.mark.parametrize("name", ["inner_tiles", "dilated", "dilated_stride"])
 def test_half_precision_is_close(name, dtype, bias):
     compare(CASES[name], dtype, bias)
 
@@ -130,17 +138,20 @@ def test_other_strides_and_bias_of_another_dtype():
         assert_close(label, e, a, 3e-3)
 
 
-def test_direct_and_registered_calls_are_equal():
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_direct_and_registered_calls_are_equal(stride):
     q, k, v = torch.randn(3, 1, 9, 9, 1, 8, device=DEVICE).unbind(0)
     bias = torch.randn(1, 5, 5, device=DEVICE)
     tensors = [x.requires_grad_() for x in (q, k, v, bias)]
     with use_backend("triton"):
-        direct = neighborhood_attention(q, k, v, 3, bias=bias)
-        registered = OPS.neighborhood_attention(q, k, v, bias, [3, 3], [1, 1], 8**-0.5)[0]
+        direct = neighborhood_attention(q, k, v, 3, bias=bias, stride=stride)
+        registered = OPS.neighborhood_attention(q, k, v, bias, [3, 3], [1, 1], 8**-0.5, [stride, stride])[0]
         assert "NeighborhoodAttentionBackward" in type(direct.grad_fn).__name__
         grads = [torch.autograd.grad(x.sin().sum(), tensors) for x in (direct, registered)]
         with torch.no_grad():
-            assert torch.equal(direct, neighborhood_attention(q, k, v, 3, bias=bias))
+            assert torch.equal(direct, neighborhood_attention(q, k, v, 3, bias=bias, stride=stride))
+            if stride > 1:  # prepared launches are not those of other windows
+                assert not torch.allclose(direct, neighborhood_attention(q, k, v, 3, bias=bias))
     assert torch.equal(direct, registered)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -173,7 +184,8 @@ def test_kernels_pass_opcheck(bias):
     tensors = [torch.randn(1, 6, 6, 1, 8, device=DEVICE, requires_grad=True) for _ in range(3)]
     table = torch.randn(1, 5, 5, device=DEVICE, requires_grad=True) if bias else None
     with use_backend("triton"):
-        torch.library.opcheck(OPS.neighborhood_attention.default, (*tensors, table, [3, 3], [2, 1], 0.5))
+        for rest in ((), ([2, 3],)):
+            torch.library.opcheck(OPS.neighborhood_attention.default, (*tensors, table, [3, 3], [2, 1], 0.5, *rest))
 
 
 def test_float64_and_wide_heads_take_the_eager_form():
@@ -218,20 +230,41 @@ def test_a_program_may_serve_several_images(bias, monkeypatch):
     launch._forward_plans.clear(), launch._backward_plans.clear()
 
 
+AXES = [(23, 5, 2, 4, 1), (14, 7, 1, 8, 1), (9, 1, 1, 4, 1), (40, 13, 3, 6, 1), (23, 5, 2, 4, 3), (28, 7, 1, 8, 7)]
+AXES += [(29, 7, 1, 3, 7), (40, 7, 1, 12, 4), (30, 6, 2, 5, 2), (40, 13, 3, 6, 12), (9, 4, 1, 16, 4)]
+
+
 @pytest.mark.parametrize("by_key", [False, True])
-@pytest.mark.parametrize("length, kernel, dilation, size", [(23, 5, 2, 4), (14, 7, 1, 8), (9, 1, 1, 4), (40, 13, 3, 6)])
-def test_tiles_cover_every_pair_once(length, kernel, dilation, size, by_key):
-    members, _ = reference.windows(length, kernel, dilation)
+@pytest.mark.parametrize("length, kernel, dilation, size, stride", AXES)
+def test_tiles_cover_every_pair_once(length, kernel, dilation, size, stride, by_key):
+    members, _ = reference.windows(length, kernel, dilation, stride=stride)
     expected = torch.zeros(length, length, dtype=torch.int32)
     expected.scatter_(1, members, 1)
     found = torch.zeros_like(expected)
-    tiles, kinds = geometry.axis(length, kernel, dilation, size, by_key)
+    tiles, kinds = geometry.axis(length, kernel, dilation, size, by_key, stride)
     for row, column, number in tiles:
         kind = kinds[number]
+        assert len(kind.meets) <= size and all(low <= high for low, high in kind.meets)
         assert column == row + dilation * kind.shift
         for i, (low, high) in enumerate(kind.meets):
             found[row + dilation * i, column + dilation * low : column + dilation * high + 1 : dilation] += 1
     assert torch.equal(found.T if by_key else found, expected)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_tiles_of_windows_without_overlap_reach_no_further(by_key):
+    from visionattn.ops.neighborhood import tuning
+
+    rest = (56, 56), (7, 7), by_key, (7, 7)
+    assert tuning.shape(64, *rest) == (7, 7)
+    for rows, columns in ((16, 49), (32, 49), (64, 49), (128, 98)):
+        tile = tuning.shape(rows, *rest)
+        walk = geometry.walk((56, 56), (7, 7), (1, 1), tile, 64, by_key, 256, (7, 7))
+        assert walk.rows.columns * walk.columns.columns == columns and walk.whole
+        assert walk.classes == (1 if rows >= 64 else 2 if rows == 32 else 4)
+    given = tuning.Tile(7, 7, 64, 4, 2)
+    found = tuning.candidates(given, (56, 56), (7, 7), (1, 1), (7, 7), by_key)
+    assert found[0] == given and all(7 % tile.height == 0 or tile.height < 7 for tile in found)
 
 
 def test_bias_of_nan_is_seen():

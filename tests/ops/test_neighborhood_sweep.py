@@ -34,6 +34,7 @@ class Geometry(NamedTuple):
     dtype: torch.dtype
     layout: str
     bias: bool
+    stride: tuple[int, int]
 
 
 class Case(NamedTuple):
@@ -61,8 +62,9 @@ def draw_geometry(number: int) -> Geometry:
     dims = [1, 7, 16, 24, 32, 32, 40, 64, 77, 128]
     if dtype == torch.float32:
         dims = dims[:6]  # exact products of large tiles take the compiler up to 15 s a kernel
-    heads = rng.randint(1, 6 if CUDA else 2)
-    return Geometry(kernel, dilation, (height, width), heads, rng.choice(dims), dtype, layout, number % 2 == 0)
+    heads, dim = rng.randint(1, 6 if CUDA else 2), rng.choice(dims)
+    stride = rng.choice([(1, 1), kernel, (rng.randint(1, kernel[0]), rng.randint(1, kernel[1]))])
+    return Geometry(kernel, dilation, (height, width), heads, dim, dtype, layout, number % 2 == 0, stride)
 
 
 def draw(number: int) -> Case:
@@ -76,7 +78,7 @@ def cases() -> list[Any]:
     found = []
     for number, case in enumerate(map(draw, range(CASES))):
         g = case.geometry
-        sizes = ("x".join(map(str, pair)) for pair in (g.kernel, g.dilation, g.size))
+        sizes = ("x".join(map(str, pair)) for pair in (g.kernel, g.dilation, g.stride, g.size))
         words = number, g.dtype, f"{case.batch}x{g.heads}x{g.dim}", *sizes, g.layout, case.scale
         name = "-".join(map(str, (*words, *(["bias", case.bias_dtype] if g.bias else [])))).replace("torch.", "")
         group = pytest.mark.xdist_group(f"neighborhood {number % GEOMETRIES}")
@@ -129,7 +131,7 @@ def test_kernels_equal_definition(case):
     table = torch.randn(g.heads, 2 * g.kernel[0] - 1, 2 * g.kernel[1] - 1, generator=generator)
     bias = [table.to(DEVICE, case.bias_dtype)] if g.bias else []
     tensors = [*(lay_out(x, g.layout) for x in maps), *bias]
-    rest = list(g.kernel), list(g.dilation), g.dim**-0.5 if case.scale is None else case.scale
+    rest = list(g.kernel), list(g.dilation), g.dim**-0.5 if case.scale is None else case.scale, list(g.stride)
     weights = [torch.randn(shape, generator=generator).to(DEVICE, g.dtype)]
     weights.append(torch.randn(case.batch, g.heads, *g.size, generator=generator).to(DEVICE))
     with use_backend("triton"):

@@ -14,21 +14,22 @@ from visionattn.tasks import benchmark_neighborhood as attention
 from visionattn.tasks import benchmark_ops as ops
 from visionattn.tasks import benchmark_sum as sums
 from visionattn.tasks import operator_forms
-from visionattn.tasks.benchmark_neighborhood import BIAS, NATTEN, Shape
+from visionattn.tasks.benchmark_neighborhood import APART, BIAS, NATTEN, Shape
 from visionattn.tasks.benchmark_ops import benchmark_ops
 from visionattn.tasks.benchmark_sum import WINDOWS
 from visionattn.tasks.operator_forms import DENSE, EAGER, FLEX, OURS, check
 
 SMALL = {shape.name(): shape for shape in (Shape(3, 9, 2, 8, 5), Shape(2, 12, 1, 16, 3, 4), Shape(2, 24, 1, 8, 3, 2))}
+STRIDED = {shape.name(): shape for shape in (Shape(2, 11, 2, 8, 5, 2, 3), Shape(3, 12, 2, 8, 3, 1, 3))}
 SMALL_SUMS = {shape.name(): shape for shape in (sums.Shape(3, 7, (3, 7), 2, 4), sums.Shape(2, 9, (5,), 3, 2))}
 CASES = [
     (operator, form, shape)
-    for operator, shapes in ((attention.OPERATOR, SMALL), (sums.OPERATOR, SMALL_SUMS))
+    for operator, shapes in ((attention.OPERATOR, SMALL | STRIDED), (sums.OPERATOR, SMALL_SUMS))
     for form in operator.forms
     for shape in shapes.values()
-    if form not in (FLEX, NATTEN)
+    if form not in (FLEX, NATTEN) and operator.forms[form].fits(shape)
 ]
-EVERY_SHAPE = pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
+EVERY_SHAPE = pytest.mark.parametrize("shape", (SMALL | STRIDED).values(), ids=SMALL | STRIDED)
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -51,8 +52,8 @@ def natten(monkeypatch, na2d):
     monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(na2d=na2d))
 
 
-def our_na2d(query, key, value, kernel_size, dilation):
-    return neighborhood_attention(query, key, value, kernel_size, dilation)
+def our_na2d(query, key, value, kernel_size, stride, dilation):
+    return neighborhood_attention(query, key, value, kernel_size, dilation, stride=stride)
 
 
 @pytest.mark.parametrize("at_once", [1, 2**27], ids=["image by image", "all images"])
@@ -77,7 +78,7 @@ def test_flex_form_is_neighborhood_attention(shape):
     data = attention.inputs(shape, torch.float64, "cpu")
     packed = data.batched[0].detach()
     prepared = attention.flex_form(data._replace(batched=(packed,)), shape)
-    expected = neighborhood_attention(*packed.unbind(3), shape.kernel, shape.dilation)
+    expected = neighborhood_attention(*packed.unbind(3), shape.kernel, shape.dilation, stride=shape.stride)
     assert torch.allclose(prepared.restore(prepared.attend(*prepared.inputs)), expected, atol=1e-12)
 
 
@@ -124,6 +125,28 @@ def test_a_wrong_gradient_of_a_bias_is_not_timed(operator, form, shape, entry):
         check(form, found, without, data, shape)
 
 
+def test_shapes_of_windows_are_those_of_davit():
+    from visionattn.layers import WindowAttention
+    from visionattn.tasks.network_shapes import stage_modules
+
+    found = set()
+    for _, side, layer in stage_modules(("davit_t",), WindowAttention):
+        dim = layer.proj.in_features // layer.num_heads
+        found.add(Shape(128, side, layer.num_heads, dim, layer.window_size, 1, layer.window_size))
+    assert set(attention.WINDOWS.values()) < found
+    assert next(iter(attention.WINDOWS)) == "B128 56x56 heads 3x32 kernel 7 stride 7"
+
+
+def test_rows_of_windows(clocks, monkeypatch):
+    sets = attention.OPERATOR.sets | {"windows": lambda: STRIDED}
+    monkeypatch.setitem(ops.OPERATORS, "neighborhood_attention", attention.OPERATOR._replace(sets=sets))
+    table = benchmark_ops(None, [OURS, APART], 1, "neighborhood_attention", "windows")
+    overlapping, apart = STRIDED
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:5]] == [
+        [f"| {overlapping}", OURS], [f"| {apart}", OURS], [f"| {apart}", APART]
+    ]  # fmt: skip
+
+
 def test_shapes_are_those_of_the_networks():
     shapes = attention.network_shapes()
     assert len(shapes) == len(set(shapes.values())) == 28
@@ -167,7 +190,7 @@ def read(path):
 
 
 def test_rows_of_attention(clocks, flex_fails, tmp_path, monkeypatch):
-    natten(monkeypatch, lambda query, key, value, kernel_size, dilation: 1.2 * query)
+    natten(monkeypatch, lambda query, key, value, **window: 1.2 * query)
     seen = []
     table = benchmark_ops(tmp_path / "a.csv", None, 1, "neighborhood_attention", report=seen.append)
     rows = read(tmp_path / "a.csv")

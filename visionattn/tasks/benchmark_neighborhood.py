@@ -1,14 +1,15 @@
-"""Neighbourhood attention beside NATTEN, FlexAttention and dense attention."""
+"""Neighbourhood attention beside NATTEN, FlexAttention, dense attention and attention in windows cut from the map."""
 
 from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from visionattn.layers import NeighborhoodAttention
-from visionattn.ops import neighborhood_attention
+from visionattn.ops import join_windows, neighborhood_attention, split_windows
 from visionattn.ops.neighborhood.reference import windows
 from visionattn.tasks.network_shapes import stage_modules
 from visionattn.tasks.operator_forms import (
@@ -27,13 +28,13 @@ from visionattn.tasks.operator_forms import (
     output,
 )
 
-BIAS, NATTEN = "visionattn + bias", "NATTEN"
+BIAS, NATTEN, APART = "visionattn + bias", "NATTEN", "windows + SDPA"
 NETWORKS = ("nat_mini", "nat_t", "nat_s", "nat_b", "dinat_mini", "dinat_t", "dinat_s", "dinat_b", "dinat_l")
 _FLEX_BLOCK = 128  # tokens of a block of FlexAttention's kernels
 
 
 class Shape(NamedTuple):
-    """A call: batch, side of the map, heads, channels of a head, side of the window, its dilation."""
+    """A call: batch, side of the map, heads, channels of a head, side of the window, its dilation and stride."""
 
     batch: int
     side: int
@@ -41,11 +42,17 @@ class Shape(NamedTuple):
     dim: int
     kernel: int
     dilation: int = 1
+    stride: int = 1
 
     def name(self) -> str:
         """The shape in words."""
-        dilated = f" dilation {self.dilation}" if self.dilation > 1 else ""
-        return f"B{self.batch} {self.side}x{self.side} heads {self.heads}x{self.dim} kernel {self.kernel}{dilated}"
+        more = f" dilation {self.dilation}" if self.dilation > 1 else ""
+        more += f" stride {self.stride}" if self.stride > 1 else ""
+        return f"B{self.batch} {self.side}x{self.side} heads {self.heads}x{self.dim} kernel {self.kernel}{more}"
+
+    def apart(self) -> bool:
+        """Whether windows do not overlap and fill the map."""
+        return self.dilation == 1 and self.stride == self.kernel and self.side % self.kernel == 0
 
 
 SHAPES = {
@@ -61,6 +68,8 @@ SHAPES = {
         Shape(4, 256, 4, 128, 13),
     )
 }
+# davit_t, stages 1 and 3
+WINDOWS = {shape.name(): shape for shape in (Shape(128, 56, 3, 32, 7, 1, 7), Shape(128, 14, 12, 32, 7, 1, 7))}
 # NATTEN 0.21.7; it has no bias
 _NATTEN_MS: tuple[Pair, ...] = (
     (0.806, 3.56), (0.355, 1.65), (0.133, 0.65), (0.824, 3.62), (0.292, 1.50), (1.272, 6.05), (1.235, 5.26),
@@ -88,15 +97,15 @@ def network_shapes() -> dict[str, Shape]:
 
 def ours(data: Data, shape: Shape) -> Prepared:
     """The operator of this package, on slices of a packed projection ``[B, H, W, 3, heads, head_dim]``."""
-    window = shape.kernel, shape.dilation
-    return Prepared(list(data.batched[0].unbind(3)), lambda q, k, v: neighborhood_attention(q, k, v, *window))
+    window: Any = dict(kernel_size=shape.kernel, dilation=shape.dilation, stride=shape.stride)
+    return Prepared(list(data.batched[0].unbind(3)), lambda q, k, v: neighborhood_attention(q, k, v, **window))
 
 
 def biased(data: Data, shape: Shape) -> Prepared:
     """The same with a table of relative positions ``[heads, 2k - 1, 2k - 1]``."""
-    window = shape.kernel, shape.dilation
+    window: Any = dict(kernel_size=shape.kernel, dilation=shape.dilation, stride=shape.stride)
     inputs = [*data.batched[0].unbind(3), *data.shared]
-    return Prepared(inputs, lambda q, k, v, bias: neighborhood_attention(q, k, v, *window, bias))
+    return Prepared(inputs, lambda q, k, v, bias: neighborhood_attention(q, k, v, bias=bias, **window))
 
 
 def no_natten() -> str:
@@ -112,7 +121,7 @@ def natten_form(data: Data, shape: Shape) -> Prepared:
     """NATTEN's own choice of kernel, on contiguous maps."""
     na2d: Any = import_module("natten").na2d
     inputs = [x.contiguous() for x in data.batched[0].unbind(3)]
-    window = dict(kernel_size=(shape.kernel,) * 2, dilation=(shape.dilation,) * 2)
+    window = dict(kernel_size=(shape.kernel,) * 2, stride=(shape.stride,) * 2, dilation=(shape.dilation,) * 2)
     return Prepared(inputs, lambda q, k, v: na2d(q, k, v, **window))
 
 
@@ -131,7 +140,7 @@ def token_order(shape: Shape, tile: tuple[int, int], device: torch.device) -> Te
 
 def block_table(shape: Shape, place: Tensor) -> Tensor:
     """Which blocks of keys a block of queries looks into, ``[blocks, blocks]``; ``place [H*W]`` is that of a pixel."""
-    near, _ = windows(shape.side, shape.kernel, shape.dilation, place.device)
+    near, _ = windows(shape.side, shape.kernel, shape.dilation, place.device, shape.stride)
     keys = (near[:, None, :, None] * shape.side + near[None, :, None, :]).flatten(2).flatten(0, 1)  # [H*W, taps]
     count = -(-len(place) // _FLEX_BLOCK)
     table = torch.zeros(count, count, dtype=torch.bool, device=place.device)
@@ -145,7 +154,7 @@ def block_mask(shape: Shape, order: Tensor) -> BlockMask:
     Made from the windows: to ask the mask for every pair of pixels takes more memory than a GPU has.
     """
     side, kernel, dilation = shape.side, shape.kernel, shape.dilation
-    near, _ = windows(side, kernel, dilation, order.device)
+    near, _ = windows(side, kernel, dilation, order.device, shape.stride)
     start, own = near[:, 0], torch.arange(side, device=order.device)
     # positions of one group are neighbours, and another group is further away than any window reaches
     (first, own) = ((x % dilation * side + x // dilation).int() for x in (start, own))
@@ -179,6 +188,24 @@ def flex_form(data: Data, shape: Shape) -> Prepared:
     return Prepared(inputs, lambda q, k, v: compiled(q, k, v, block_mask=mask), restore)
 
 
+def windows_form(data: Data, shape: Shape) -> Prepared:
+    """Windows cut from the map, PyTorch's fused attention in each, and the map joined again.
+
+    DaViT and Swin cut the map before its projection, which makes one copy of it. So does this form with the queries;
+    keys and values are in windows beforehand, as such a projection leaves them.
+    """
+    packed, side = data.batched[0], shape.kernel
+    B, H, W, _, heads, dim = packed.shape
+    _, key, value = split_windows(packed.flatten(3), side).unflatten(2, (3, heads, dim)).transpose(1, 3).unbind(2)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query = split_windows(query.flatten(3), side).unflatten(2, (heads, dim)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value)  # [B * windows, heads, pixels, d]
+        return join_windows(out.transpose(1, 2).flatten(2), side, B, H, W).unflatten(3, (heads, dim))
+
+    return Prepared([packed[:, :, :, 0], key, value], attend)
+
+
 def inputs(shape: Shape, dtype: torch.dtype, device: str) -> Data:
     """Random packed projection ``[B, H, W, 3, heads, d]``, bias ``[heads, 2k - 1, 2k - 1]``, gradient of the output.
 
@@ -202,12 +229,13 @@ def floors(shape: Shape, itemsize: int) -> tuple[float, float]:
 
 _EXACT = output(ours)
 OPERATOR = Operator(
-    sets={"default": lambda: SHAPES, "networks": network_shapes},
+    sets={"default": lambda: SHAPES, "networks": network_shapes, "windows": lambda: WINDOWS},
     forms={
         OURS: Form(ours, _EXACT, ours=True),
         BIAS: Form(biased, output(biased), ours=True),
         NATTEN: Form(natten_form, _EXACT, missing=no_natten),
         FLEX: Form(flex_form, _EXACT),
+        APART: Form(windows_form, _EXACT, fits=Shape.apart),
         DENSE: DENSE_FORM,
         EAGER: Form(ours, _EXACT, backend="eager"),
     },

@@ -194,7 +194,7 @@ def benchmark_ops(
     file, where, lines = CsvFile(path, (*COLUMNS, *ORIGIN)), origin(_DEVICE), []
     for name, shape in found.sets[shapes]().items():
         data = found.inputs(shape, DTYPES[dtype], _DEVICE)
-        for form in chosen:
+        for form in (form for form in chosen if found.forms[form].fits(shape)):
             row = dict(shape=name, form=form, dtype=dtype) | _row(found, name, form, data, shape, rounds)
             _published(found, name, form, DTYPES[dtype], row, where["device"])
             row = {key: _rounded(value) for key, value in row.items()}

@@ -58,12 +58,16 @@ def _nothing_missing() -> str:
     return ""
 
 
+def _any_shape(shape: Any) -> bool:
+    return True
+
+
 class Form(NamedTuple):
     """A way to compute an operator, or what stands in for it.
 
     ``exact`` is what it should give, from tensors in float64, and is compared for the first ``images`` (None: all).
-    ``backend`` is set while it is checked and timed. Where ``missing()`` has a reason the form is left out. A fault of
-    one that is ``ours`` ends the run.
+    ``backend`` is set while it is checked and timed. Where ``missing()`` has a reason the form is left out, and at
+    shapes that it does not ``fit``, being no way to compute them. A fault of one that is ``ours`` ends the run.
     """
 
     prepare: Callable[[Data, Any], Prepared]
@@ -72,6 +76,7 @@ class Form(NamedTuple):
     images: int | None = None
     backend: str | None = None
     missing: Callable[[], str] = _nothing_missing
+    fits: Callable[[Any], bool] = _any_shape
 
 
 class Operator(NamedTuple):

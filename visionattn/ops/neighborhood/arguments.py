@@ -9,10 +9,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def _check_kernel(name: str, kernel: Sequence[int], dilation: Sequence[int], H: int, W: int) -> None:
-    for k, d, length, axis in zip(kernel, dilation, (H, W), ("height", "width"), strict=True):
-        if k < 1 or k % 2 == 0 or d < 1:
-            raise ValueError(f"{name}={tuple(kernel)} must be odd and dilation={tuple(dilation)} at least 1")
+def _check_kernel(
+    name: str, kernel: Sequence[int], dilation: Sequence[int], H: int, W: int, stride: Sequence[int] = (1, 1)
+) -> None:
+    for k, d, s, length, axis in zip(kernel, dilation, stride, (H, W), ("height", "width"), strict=True):
+        if k < 1 or (k % 2 == 0 and s % 2 == 1) or d < 1:  # around an even stride an even window is symmetric
+            even = f" (or even where stride={tuple(stride)} is)" if max(stride) > 1 else ""
+            raise ValueError(f"{name}={tuple(kernel)} must be odd{even} and dilation={tuple(dilation)} at least 1")
+        if not 1 <= s <= k:
+            raise ValueError(
+                f"stride={tuple(stride)} must be at least 1 and at most {name}={tuple(kernel)}, or a query would lie "
+                f"outside its own window; in {axis} choose 1 (a window for every query) to {k} (none overlap), or "
+                "raise the kernel"
+            )
         if k > 1 and k * d > length:  # one pixel has no distance
             raise ValueError(
                 f"{name}={tuple(kernel)} with dilation={tuple(dilation)} needs a map of at least {k * d} pixels in "
@@ -27,12 +36,19 @@ def _check_devices(tensors: Sequence[Tensor | None]) -> None:
 
 
 def check_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel: Sequence[int], dilation: Sequence[int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int] = (1, 1),
 ) -> None:
     """Check the arguments of ``neighborhood_attention``.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit, an even kernel, or a window that exceeds the map.
+        ValueError: Shapes, dtypes or devices that do not fit, an even kernel with an odd stride, a stride below 1 or
+            beyond the kernel, or a window that exceeds the map.
     """
     if query.dim() != 5 or query.shape != key.shape or query.shape != value.shape:
         raise ValueError(
@@ -41,7 +57,7 @@ def check_attention(
         )
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(f"query, key, value must share one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
-    _check_kernel("kernel_size", kernel, dilation, query.shape[1], query.shape[2])
+    _check_kernel("kernel_size", kernel, dilation, query.shape[1], query.shape[2], stride)
     table = (query.shape[3], 2 * kernel[0] - 1, 2 * kernel[1] - 1)
     if bias is not None and bias.shape != table:
         raise ValueError(f"bias must be {list(table)} for this kernel and these heads, got {list(bias.shape)}")

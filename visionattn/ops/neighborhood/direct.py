@@ -26,17 +26,19 @@ class _NeighborhoodAttention(torch.autograd.Function):
         kernel: Sequence[int],
         dilation: Sequence[int],
         scale: float,
+        stride: Sequence[int],
     ) -> Tensor:
-        out, lse = launcher("neighborhood").forward(query, key, value, bias, kernel, dilation, scale)
+        out, lse = launcher("neighborhood").forward(query, key, value, bias, kernel, dilation, scale, stride)
         ctx.save_for_backward(query, key, value, bias, out, lse)
-        ctx.rest = kernel, dilation, scale
+        ctx.rest = kernel, dilation, scale, stride
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         run, saved = launcher("neighborhood").backward, ctx.saved_tensors
-        return (*run(grad_out, None, *saved, *ctx.rest, bias_grad=ctx.needs_input_grad[3]), None, None, None)
+        grads = run(grad_out, None, *saved, *ctx.rest, bias_grad=ctx.needs_input_grad[3])
+        return (*grads, None, None, None, None)
 
 
 def neighborhood_attention(
@@ -47,6 +49,7 @@ def neighborhood_attention(
     kernel: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int],
 ) -> Tensor | None:
     """Output of checked arguments, or None where this way is not open."""
     if not launches(query):
@@ -58,5 +61,5 @@ def neighborhood_attention(
         return None
     inputs = query, key, value, bias
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _NeighborhoodAttention.apply(*inputs, kernel, dilation, scale)
-    return launcher("neighborhood").forward(*inputs, kernel, dilation, scale)[0]
+        return _NeighborhoodAttention.apply(*inputs, kernel, dilation, scale, stride)
+    return launcher("neighborhood").forward(*inputs, kernel, dilation, scale, stride)[0]

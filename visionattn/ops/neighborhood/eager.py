@@ -33,8 +33,8 @@ class _Step(NamedTuple):
     tiles: list[tuple[Segment, Segment]]
 
 
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    return values[0], values[1]
+def _pair(values: Sequence[int] | None) -> tuple[int, int]:
+    return (1, 1) if values is None else (values[0], values[1])
 
 
 def _plan(
@@ -44,10 +44,11 @@ def _plan(
     sides: Sequence[int],
     limit: float,
     d: int,
+    stride: tuple[int, int] = (1, 1),
 ) -> tuple[list[TileClass], int]:
     """Tiles, and how many (image, tile, head) units a step takes, within ``limit`` numbers."""
     for side in sides:
-        classes = tile_classes(*size, kernel, dilation, (side, side))
+        classes = tile_classes(*size, kernel, dilation, (side, side), stride)
         queries = max(len(c.rows.starts) * len(c.columns.starts) for c in classes)
         keys = max(c.rows.keys * c.columns.keys for c in classes)
         units = int(limit // (5 * queries * d + 4 * keys * d + 4 * queries * keys))
@@ -117,15 +118,17 @@ def neighborhood_attention(
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, W, heads, head_dim]`` and log-sum-exp ``[B, heads, H, W]``."""
-    check_attention(query, key, value, bias, kernel_size, dilation)
+    """Output ``[B, H, W, heads, head_dim]`` and log-sum-exp ``[B, heads, H, W]``; no ``stride`` is 1 each way."""
+    strides = _pair(stride)
+    check_attention(query, key, value, bias, kernel_size, dilation, strides)
     if use_triton(query) and launcher("neighborhood").serves(query, key, value, bias, kernel_size):
-        return launcher("neighborhood").forward(query, key, value, bias, kernel_size, dilation, scale)
+        return launcher("neighborhood").forward(query, key, value, bias, kernel_size, dilation, scale, strides)
     B, H, W, heads, _ = query.shape
     dtype, kernel = torch.promote_types(query.dtype, torch.float32), _pair(kernel_size)
     out, lse = query.new_empty(query.shape), query.new_empty((B, heads, H, W), dtype=dtype)
-    classes, units = _attention_plan(query, kernel, dilation)
+    classes, units = _attention_plan(query, kernel, dilation, strides)
     before = None
     for step in _steps(classes, B, units):
         if step.kind is not before:
@@ -138,11 +141,14 @@ def neighborhood_attention(
     return out, lse
 
 
-def _attention_plan(query: Tensor, kernel: tuple[int, int], dilation: Sequence[int]) -> tuple[list[TileClass], int]:
+def _attention_plan(
+    query: Tensor, kernel: tuple[int, int], dilation: Sequence[int], stride: tuple[int, int]
+) -> tuple[list[TileClass], int]:
     B, H, W, _, d = query.shape
     itemsize = torch.promote_types(query.dtype, torch.float32).itemsize
     limit = _SHARE * 2 * B * H * W * d * query.element_size() / itemsize  # per head; a step takes all heads
-    return _plan((H, W), kernel, _pair(dilation), (8, 4, 2, 1) if max(kernel) >= 7 else (4, 2, 1), limit, d)
+    sides = (8, 4, 2, 1) if max(kernel) >= 7 else (4, 2, 1)
+    return _plan((H, W), kernel, _pair(dilation), sides, limit, d, stride)
 
 
 @neighborhood_attention.register_fake
@@ -154,6 +160,7 @@ def _(
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, H, W, heads, _ = query.shape
     lse = query.new_empty((B, heads, H, W), dtype=torch.promote_types(query.dtype, torch.float32))
@@ -173,18 +180,20 @@ def neighborhood_attention_backward(
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias (empty without one)."""
+    strides = _pair(stride)
     if use_triton(query) and launcher("neighborhood").serves(query, key, value, bias, kernel_size):
         *grads, db = launcher("neighborhood").backward(
-            grad_out, grad_lse, query, key, value, bias, out, lse, kernel_size, dilation, scale
+            grad_out, grad_lse, query, key, value, bias, out, lse, kernel_size, dilation, scale, strides
         )
         return *grads, query.new_empty(0) if db is None else db
     B, dtype, kernel = query.shape[0], lse.dtype, _pair(kernel_size)
     dq = query.new_empty(query.shape)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
-    classes, units = _attention_plan(query, kernel, dilation)
+    classes, units = _attention_plan(query, kernel, dilation, strides)
     before = None
     for step in _steps(classes, B, units):
         if step.kind is not before:
@@ -219,21 +228,22 @@ def _(
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     db = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), db
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
+    query, key, value, bias, *ctx.rest = inputs
     ctx.save_for_backward(query, key, value, bias, *output)
 
 
 def _attention_vjp(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: a checkpointed block recomputes them and then lets go
     bias = saved[3]
-    *grads, db = neighborhood_attention_backward(grad_out, grad_lse, *saved, ctx.kernel_size, ctx.dilation, ctx.scale)
-    return *grads, None if bias is None else db, None, None, None
+    *grads, db = neighborhood_attention_backward(grad_out, grad_lse, *saved, *ctx.rest)
+    return *grads, None if bias is None else db, None, None, None, None
 
 
 neighborhood_attention.register_autograd(_attention_vjp, setup_context=_attention_setup)
@@ -242,8 +252,9 @@ register_autocast(neighborhood_attention, tensors=3)
 
 @register_flop_formula(torch.ops.visionattn.neighborhood_attention)
 def _attention_flops(
-    query: Any, key: Any, value: Any, bias: Any, kernel_size: Any, dilation: Any, scale: Any, out_shape: Any = None
-) -> int:
+    query: Any, key: Any, value: Any, bias: Any, kernel_size: Any, dilation: Any, scale: Any, stride: Any = None,
+    out_shape: Any = None,
+) -> int:  # fmt: skip
     """Two products of every query with the pixels of its window, 2 FLOPs a multiply-add."""
     return 4 * math.prod(query) * math.prod(kernel_size)
 
@@ -251,7 +262,7 @@ def _attention_flops(
 @register_flop_formula(torch.ops.visionattn.neighborhood_attention_backward)
 def _attention_backward_flops(
     grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, bias: Any, out: Any, lse: Any,
-    kernel_size: Any, dilation: Any, scale: Any, out_shape: Any = None,
+    kernel_size: Any, dilation: Any, scale: Any, stride: Any = None, out_shape: Any = None,
 ) -> int:  # fmt: skip
     """Five products: the scores again, and the gradients of p, v, q and k."""
     return 10 * math.prod(query) * math.prod(kernel_size)

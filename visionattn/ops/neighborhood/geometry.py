@@ -2,19 +2,22 @@
 
 A program of the kernels holds a tile of rows, which belong to one dilation group, and walks over the columns that any
 of them meets, a rectangle of the same group: queries over the keys of their windows, or keys over the queries whose
-windows they lie in. Windows move inward at borders, so such a key may have more queries than a window has keys, but
-they are an interval of each axis too. Tiles whose rows meet their columns alike (all inner ones do) form a class and
-share masks.
+windows they lie in. Windows move inward at borders and, with a stride, on by several pixels, so a key may have more
+queries than a window has keys; but they are an interval of each axis too, and never none, for a query lies in its own
+window. Tiles whose rows meet their columns alike (all inner ones do) form a class and share masks.
 
 All tensors here are on the CPU, whatever PyTorch's default device is.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from visionattn.ops.neighborhood.tiles import cuts, first_keys
 
 FIELDS = 8  # of a tile in an axis's table: first row, rows, first column, columns, class, chunks of the halo, 0, 0
 
@@ -46,37 +49,48 @@ class Axis(NamedTuple):
 Bounds = list[tuple[int, int]]
 
 
-def _meets(n: int, kernel: int, rows: range, by_key: bool) -> Bounds:
+def _meets(n: int, kernel: int, stride: int, rows: range, by_key: bool) -> Bounds:
     """First and last member of a dilation group of ``n`` that its members ``rows`` meet."""
-    reach = kernel // 2
+    starts = first_keys(n, kernel, stride)
     if by_key:
-        return [(0 if j < kernel else j - reach, n - 1 if j >= n - kernel else j + reach) for j in rows]
-    return [(start, start + kernel - 1) for start in (min(max(i - reach, 0), n - kernel) for i in rows)]
+        return [(bisect_left(starts, j - kernel + 1), bisect_right(starts, j) - 1) for j in rows]
+    return [(starts[i], starts[i] + kernel - 1) for i in rows]
 
 
 @lru_cache(maxsize=256)
-def _cut(n: int, kernel: int, size: int, by_key: bool) -> list[tuple[int, Bounds]]:
+def _cut(n: int, kernel: int, size: int, by_key: bool, stride: int) -> list[tuple[int, Bounds]]:
     """Tiles of a dilation group: first member, and what each of its members meets.
 
-    The ``kernel`` keys next to a border have more queries than others; tiles that keep them apart may spare columns.
+    The ``kernel`` keys next to a border have more queries than others; tiles that keep them apart may spare columns,
+    and with a stride so may tiles that begin where windows do.
     """
-    inner = [*range(kernel % size, kernel, size), *range(kernel, n - kernel, size), *range(n - kernel, n, size)]
-    options = [range(0, n, size), sorted({0, *inner})] if by_key and n >= 2 * kernel else [range(0, n, size)]
+    options = [cuts(n, size, stride)]
+    if by_key and stride > 1:
+        options.append(cuts(n, size, stride, (stride // 2 - kernel // 2) % stride))
+    elif by_key and n >= 2 * kernel:
+        inner = [*range(kernel % size, kernel, size), *range(kernel, n - kernel, size), *range(n - kernel, n, size)]
+        options.append(sorted({0, *inner}))
     choices = []
     for starts in options:
         rows = [range(a, b) for a, b in zip(starts, [*starts[1:], n], strict=True)]
-        tiles = [(r.start, _meets(n, kernel, r, by_key)) for r in rows]
+        tiles = [(r.start, _meets(n, kernel, stride, r, by_key)) for r in rows]
         columns = max(meets[-1][1] + 1 - meets[0][0] for _, meets in tiles)
         choices.append((len(tiles) * columns, tiles))
     return min(choices)[1]
 
 
-def axis(length: int, kernel: int, dilation: int, size: int, by_key: bool) -> Axis:
+def extent(n: int, kernel: int, size: int, by_key: bool, stride: int) -> tuple[int, int]:
+    """Tiles of a dilation group of ``n``, and the most columns of one."""
+    tiles = _cut(n, kernel, size, by_key, stride)
+    return len(tiles), max(meets[-1][1] + 1 - meets[0][0] for _, meets in tiles)
+
+
+def axis(length: int, kernel: int, dilation: int, size: int, by_key: bool, stride: int = 1) -> Axis:
     """Tiles of at most ``size`` rows that cover an axis; rows are keys if ``by_key``, else queries."""
     tiles: list[tuple[int, int, int]] = []
     kinds: dict[Kind, int] = {}
     for group in range(dilation):
-        for first, meets in _cut((length - group + dilation - 1) // dilation, kernel, size, by_key):
+        for first, meets in _cut((length - group + dilation - 1) // dilation, kernel, size, by_key, stride):
             origin = meets[0][0]
             kind = Kind(tuple((low - origin, high - origin) for low, high in meets), origin - first)
             number = kinds.setdefault(kind, len(kinds))
@@ -140,13 +154,14 @@ def walk(
     block: int,
     by_key: bool = False,
     whole: int = 0,
+    stride: Sequence[int] = (1, 1),
 ) -> Walk:
     """Tiles of ``tile`` rows each way with walks of ``block`` columns a step.
 
     Of halos with at most ``whole`` columns everything is a part; of others what is left of the last step, if it is
     less than a step.
     """
-    rows, columns = (axis(size[i], kernel[i], dilation[i], tile[i], by_key) for i in range(2))
+    rows, columns = (axis(size[i], kernel[i], dilation[i], tile[i], by_key, stride[i]) for i in range(2))
     count = rows.columns * columns.columns
     if count <= whole:
         return Walk(rows, columns, *tile, block, _pieces(count, block))

@@ -16,46 +16,57 @@ def neighborhood_attention(
     dilation: int | tuple[int, int] = 1,
     bias: Tensor | None = None,
     scale: float | None = None,
+    stride: int | tuple[int, int] = 1,
 ) -> Tensor:
     """Attention of every pixel to the window around it.
 
     At a border the window is moved inward, never shortened: every pixel has ``kernel_size`` squared keys. With a
     dilation ``D`` the pixels ``D`` apart form groups of their own, each with its own borders.
 
+    With a stride ``S`` windows move on by ``S`` pixels: in a dilation group of length ``n`` the members ``S * g`` to
+    ``S * g + S - 1`` share the window of ``min(S * g + S // 2, n - 1)``. A stride of ``kernel_size`` on a map that it
+    divides gives windows without overlap, as DaViT and Swin have them.
+
     Args:
         query: Queries, ``[B, H, W, heads, head_dim]``; any strides.
         key: Keys, shape of ``query``.
         value: Values, shape of ``query``.
-        kernel_size: Side of the window in pixels, odd, or (height, width).
+        kernel_size: Side of the window in pixels, or (height, width); odd, or even where the stride is.
         dilation: Distance of a window's neighbouring pixels, or one for each axis; ``kernel_size * dilation`` must not
             exceed the map.
         bias: Table of relative positions, ``[heads, 2 * kernel_h - 1, 2 * kernel_w - 1]``, added to the scaled scores;
             entry ``[key - query + kernel - 1]`` in units of the dilated grid.
         scale: Factor on the dot products, ``head_dim ** -0.5`` by default.
+        stride: Neighbouring pixels, of a dilation group, that share a window, or one number for each axis; from 1 to
+            ``kernel_size``.
 
     Returns:
         ``[B, H, W, heads, head_dim]``, contiguous, dtype of ``query``.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit, an even kernel, or a window that exceeds the map.
+        ValueError: Shapes, dtypes or devices that do not fit, an even kernel with an odd stride, a stride below 1 or
+            beyond the kernel, or a window that exceeds the map.
 
-    Reference: Neighborhood Attention Transformer, arXiv:2204.07143; dilated, arXiv:2209.15001.
+    Reference: Neighborhood Attention Transformer, arXiv:2204.07143; dilated, arXiv:2209.15001; with a stride
+    Generalized Neighborhood Attention, arXiv:2504.16922.
     """
     kernel = [kernel_size, kernel_size] if isinstance(kernel_size, int) else list(kernel_size)
     dilations = [dilation, dilation] if isinstance(dilation, int) else list(dilation)
+    strides = [stride, stride] if isinstance(stride, int) else list(stride)
     if scale is None:
         scale = float(query.shape[-1]) ** -0.5
     if torch.jit.is_scripting():
-        return torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
+        out, _ = torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale, strides)
+        return out
     if not torch.compiler.is_compiling():  # sizes may be symbols there, and a check would fix them
-        check_attention(query, key, value, bias, kernel, dilations)
+        check_attention(query, key, value, bias, kernel, dilations, strides)
     if use_reference():
-        return reference.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
+        return reference.neighborhood_attention(query, key, value, bias, kernel, dilations, scale, strides)[0]
     if not torch.compiler.is_compiling():
-        out = direct.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)
+        out = direct.neighborhood_attention(query, key, value, bias, kernel, dilations, scale, strides)
         if out is not None:
             return out
-    return torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale)[0]
+    return torch.ops.visionattn.neighborhood_attention(query, key, value, bias, kernel, dilations, scale, strides)[0]
 
 
 def _side_by_side(biases: list[Tensor] | None) -> Tensor | None:

@@ -57,9 +57,10 @@ class _Shape:
         bias: Tensor | None,
         kernel: Sequence[int],
         dilation: Sequence[int],
+        stride: Sequence[int],
     ):
         self.B, self.H, self.W, self.heads, self.D = query.shape
-        self.kernel = kernel[0], kernel[1]
+        self.kernel, self.stride = (kernel[0], kernel[1]), (stride[0], stride[1])
         # one pixel has no distance
         self.dilation = dilation[0] if kernel[0] > 1 else 1, dilation[1] if kernel[1] > 1 else 1
         self.dtype, self.device = query.dtype, query.device
@@ -87,9 +88,11 @@ class _Shape:
             self.dtype,
             self.device,
             self.biased,
+            self.stride,
         )
         if searching(self.device):
-            found = tuning.candidates(tile, (self.H, self.W), self.kernel, self.dilation)
+            by_key = kernel == "key_grad"
+            found = tuning.candidates(tile, (self.H, self.W), self.kernel, self.dilation, self.stride, by_key)
             return Search(kernel, found, prepare)
         return prepare(tile)
 
@@ -130,6 +133,7 @@ def _tables(
     size: tuple[int, int],
     kernel: tuple[int, int],
     dilation: tuple[int, int],
+    stride: tuple[int, int],
     tile: tuple[int, int],
     block: int,
     by_key: bool,
@@ -137,8 +141,8 @@ def _tables(
     whole: int,
     device: torch.device,
 ) -> _Tables:
-    """The tables of one geometry, which calls with other batches, heads and strides share."""
-    walk = geometry.walk(size, kernel, dilation, tile, block, by_key, whole)
+    """The tables of one geometry, which calls with other batches, heads and memory layouts share."""
+    walk = geometry.walk(size, kernel, dilation, tile, block, by_key, whole, stride)
     walk = walk if parts else walk._replace(parts=())
     axes = (geometry.table(walk, vertical) for vertical in (True, False))
     return _Tables(walk, *_kept((*axes, geometry.words(walk, by_key), geometry.classes(walk)), device))
@@ -149,7 +153,7 @@ class _Tiles:
 
     def __init__(self, s: _Shape, tile: Tile, by_key: bool = False, parts: bool = True):
         size, block = (tile.height, tile.width), tile.columns
-        found = _tables((s.H, s.W), s.kernel, s.dilation, size, block, by_key, parts, tile.whole, s.device)
+        found = _tables((s.H, s.W), s.kernel, s.dilation, s.stride, size, block, by_key, parts, tile.whole, s.device)
         self.walk = walk = found.walk
         self.tables = found.rows, found.columns
         self.more: tuple[Tensor, ...] = ()  # tables that a kernel has besides
@@ -286,14 +290,15 @@ def forward(
     kernel: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] = (1, 1),
 ) -> tuple[Tensor, Tensor]:
     """``visionattn::neighborhood_attention`` on the device; arguments must have been checked."""
     query, key, value = channels_inside(query), channels_inside(key), channels_inside(value)
     bias = None if bias is None else bias.contiguous()
-    name = (layout(query), layout(key), layout(value), bias is None or bias.dtype, *kernel, *dilation)
+    name = (layout(query), layout(key), layout(value), bias is None or bias.dtype, *kernel, *dilation, *stride)
     run = _forward_plans.get(name)
     if run is None:
-        s = _Shape(query, key, value, bias, kernel, dilation)
+        s = _Shape(query, key, value, bias, kernel, dilation, stride)
         # float16 has no room for exponentials of unshifted scores
         run = _forward_plans.keep(name, s.tuned("forward", lambda tile: _prepare(
             s, kernels_attention.forward_kernel, tile, EXACT=s.dtype == torch.float16
@@ -332,6 +337,7 @@ def backward(
     kernel: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] = (1, 1),
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``visionattn::neighborhood_attention_backward`` on the device; no gradient of the bias unless ``bias_grad``."""
@@ -339,9 +345,9 @@ def backward(
     bias, lse_grad = None if bias is None else bias.contiguous(), grad_lse is not None
     bias_grad = bias_grad and bias is not None
     signature = bias is None or bias.dtype, lse_grad, bias_grad
-    name = (layout(query), layout(key), layout(value), *signature, *kernel, *dilation)
+    name = (layout(query), layout(key), layout(value), *signature, *kernel, *dilation, *stride)
     run = _backward_plans.get(name) or _backward_plans.keep(
-        name, _plan_backward(_Shape(query, key, value, bias, kernel, dilation), lse_grad, bias_grad)
+        name, _plan_backward(_Shape(query, key, value, bias, kernel, dilation, stride), lse_grad, bias_grad)
     )
     do, lse = grad_out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 
-def windows(length: int, kernel: int, dilation: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def windows(
+    length: int, kernel: int, dilation: int, device: torch.device | None = None, stride: int = 1
+) -> tuple[Tensor, Tensor]:
     """Window of every position of one axis.
 
-    Position ``i`` is member ``i // dilation`` of group ``i % dilation``; its window is ``kernel`` members of that group
-    around it, moved inward at the borders.
+    Position ``i`` is member ``i // dilation`` of group ``i % dilation``. Of that group, ``stride`` neighbours share a
+    window: ``kernel`` members around the one in their middle (the last member, where they are too few to have it),
+    moved inward at the borders. All of them lie in it.
 
     Returns:
         Positions of the members ``[length, kernel]``, and their offsets to the member itself plus ``kernel - 1``, in
@@ -23,7 +26,8 @@ def windows(length: int, kernel: int, dilation: int, device: torch.device | None
     i = torch.arange(length, device=device)
     group, member = i % dilation, i // dilation
     size = (length - group + dilation - 1) // dilation
-    start = torch.minimum((member - kernel // 2).clamp(min=0), size - kernel)
+    leader = torch.minimum(member // stride * stride + stride // 2, size - 1)
+    start = torch.minimum((leader - kernel // 2).clamp(min=0), size - kernel)
     members = start[:, None] + torch.arange(kernel, device=device)
     return members * dilation + group[:, None], members - member[:, None] + kernel - 1
 
@@ -48,11 +52,12 @@ def neighborhood_attention(
     kernel_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    stride: Sequence[int] = (1, 1),
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, W, heads, head_dim]`` and log-sum-exp ``[B, heads, H, W]``."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     (rows, rel_rows), (columns, rel_columns) = (
-        windows(query.shape[i + 1], kernel_size[i], dilation[i], query.device) for i in range(2)
+        windows(query.shape[i + 1], kernel_size[i], dilation[i], query.device, stride[i]) for i in range(2)
     )
     q, k, v = query.to(dtype), _gather(key.to(dtype), rows, columns), _gather(value.to(dtype), rows, columns)
     scores = (k @ (scale * q)[..., None]).squeeze(-1)  # [B, H, W, heads, taps]

@@ -6,6 +6,7 @@ a plain slice of the map. Tiles whose windows lie alike (all inner ones do) form
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,25 +37,44 @@ class TileClass(NamedTuple):
     tiles: list[tuple[Segment, Segment]]
 
 
-def segments(length: int, kernel: int, dilation: int, size: int) -> dict[Shape, list[Segment]]:
+@lru_cache(maxsize=256)
+def first_keys(members: int, kernel: int, stride: int) -> tuple[int, ...]:
+    """First key of every query's window in a dilation group of so many members; see ``reference.windows``."""
+    leaders = (min(i // stride * stride + stride // 2, members - 1) for i in range(members))
+    return tuple(min(max(leader - kernel // 2, 0), members - kernel) for leader in leaders)
+
+
+def cuts(members: int, size: int, stride: int, phase: int = 0) -> list[int]:
+    """First members of tiles of at most ``size``: some groups of ``stride`` members each, or pieces of one.
+
+    A tile that held parts of two groups would reach further than its size demands, and where the parts differ from
+    tile to tile hardly two would be alike. Groups begin at ``phase`` modulo ``stride``.
+    """
+    step = max(size // stride, 1) * stride
+    first = step - stride + phase if phase else step
+    edges = sorted({0, *range(first, min(members, members + step - size), step), members})
+    return [begin for low, high in pairwise(edges) for begin in range(low, high, size)]
+
+
+def segments(length: int, kernel: int, dilation: int, size: int, stride: int = 1) -> dict[Shape, list[Segment]]:
     """Segments of at most ``size`` queries that cover an axis, by shape."""
     found: dict[Shape, list[Segment]] = {}
     for group in range(dilation):
         members = (length - group + dilation - 1) // dilation
-        queries, keys = min(size, members), min(size + kernel - 1, members)
-        for first in range(0, members, size):
-            begin = min(first, members - queries)  # the last one overlaps the one before rather than being short
-            starts = [min(max(p - kernel // 2, 0), members - kernel) for p in range(begin, begin + queries)]
-            origin = min(starts[0], members - keys)
+        for first, end in pairwise([*cuts(members, size, stride), members]):
+            # the last one overlaps the one before rather than being short, where that breaks no group
+            begin = max(0, end - size) if stride == 1 else first
+            starts = first_keys(members, kernel, stride)[begin:end]
+            keys = starts[-1] + kernel - starts[0]
             shape = Shape(
-                tuple(s - origin for s in starts),
-                tuple(s - p + kernel - 1 for s, p in zip(starts, range(begin, begin + queries), strict=True)),
+                tuple(s - starts[0] for s in starts),
+                tuple(s - p + kernel - 1 for p, s in enumerate(starts, begin)),
                 first - begin,
                 keys,
             )
             where = (
                 slice(group + dilation * n, group + dilation * (n + count - 1) + 1, dilation)
-                for n, count in ((begin, queries), (origin, keys))
+                for n, count in ((begin, len(starts)), (starts[0], keys))
             )
             found.setdefault(shape, []).append(Segment(*where))
     return found
@@ -62,11 +82,16 @@ def segments(length: int, kernel: int, dilation: int, size: int) -> dict[Shape, 
 
 @lru_cache(maxsize=64)
 def tile_classes(
-    height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int], size: tuple[int, int]
+    height: int,
+    width: int,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
 ) -> list[TileClass]:
     """All tiles of a map, by class."""
-    rows = segments(height, kernel[0], dilation[0], size[0])
-    columns = segments(width, kernel[1], dilation[1], size[1])
+    rows = segments(height, kernel[0], dilation[0], size[0], stride[0])
+    columns = segments(width, kernel[1], dilation[1], size[1], stride[1])
     return [TileClass(y, x, [(sy, sx) for sy in rows[y] for sx in columns[x]]) for y in rows for x in columns]
 
 
