@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from visionattn.layers.channels_last import project
 from visionattn.ops import crop, neighborhood_attention, pad_to_at_least
+from visionattn.ops.neighborhood.packed import packed_attention
 
 
 @register_notrace_module  # a leaf for torch.fx: the operators' argument checks are not traceable
@@ -63,11 +64,20 @@ class NeighborhoodAttention(nn.Module):
         x = pad_to_at_least(x, span, span)
         B, H, W, C = x.shape
         qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
-        qkv = qkv.view(B, H, W, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
-        out = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.rpb)
-        out = crop(out.view(B, H, W, C), height, width)
+        out = None if torch.jit.is_scripting() else self._packed(qkv)
+        if out is None:
+            qkv = qkv.view(B, H, W, 3, self.num_heads, C // self.num_heads)
+            q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+            out = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.rpb).view(B, H, W, C)
+        out = crop(out, height, width)
         return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
+
+    @torch.jit.unused
+    def _packed(self, qkv: Tensor) -> Tensor | None:
+        """Attention with one gradient for the whole projection, where that is open."""
+        sides = [self.kernel_size] * 2, [self.dilation] * 2
+        scale = float(qkv.shape[3] // (3 * self.num_heads)) ** -0.5
+        return packed_attention(qkv, self.rpb, self.num_heads, *sides, scale)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"

@@ -305,11 +305,12 @@ def query_grad_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, WORDS: tl.constexpr,
     IMAGES: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, LSE_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of one tile and head, and their ``delta = sum(out * grad_out) - grad_lse``.
 
-    For IMAGES images one after the other. With BIAS_GRAD the scores' gradients, summed over these images, are written
+    For IMAGES images one after the other. The pixels of the gradient are SPREAD times as far apart as those of the
+    output. With BIAS_GRAD the scores' gradients, summed over these images, are written
     to ``[tiles in order_ptr's order, shares of the images, heads, rows, columns]``; the walk must have parts only.
     """
     ROWS: tl.constexpr = (BLOCK_M + 31) // 32 * 32
@@ -366,6 +367,7 @@ def query_grad_kernel(
                 added += (sums[i] + ds,)
         if BIAS_GRAD:
             sums = added
+        where = batch * (H * W * HEADS * D * SPREAD) + (pixels * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
         tl.store(dq_ptr + where, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
     if BIAS_GRAD:
         order = tl.load(order_ptr + tl.program_id(1) * (tl.num_programs(0) // HEADS) + tl.program_id(0) // HEADS)

@@ -75,9 +75,12 @@ def key_grad_kernel(
     B, H, W, step_y, step_x, classes_x,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_X: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WALK: tl.constexpr, WORDS: tl.constexpr,
-    IMAGES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, BIAS: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one tile and head, for IMAGES images one after the other."""
+    """Gradients of the keys and values of one tile and head, for IMAGES images one after the other.
+
+    The pixels of the gradients are SPREAD times as far apart as those of the output.
+    """
     ROWS: tl.constexpr = 32 * WORDS
     head, rows_ptr, columns_ptr = _place(rows_ptr, columns_ptr, HEADS)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -125,7 +128,7 @@ def key_grad_kernel(
                 dk, dv = _key_grads_by_key(
                     q, do, lse, delta, k, v, dk, dv, factor, meet_ptr, n, ROWS, BLOCK_M, BIAS, PRECISION
                 )  # fmt: skip
-        where = image + ((y * W + x) * HEADS + head)[:, None] * D + d[None, :]
+        where = image * SPREAD + ((y * W + x) * (HEADS * SPREAD) + head)[:, None] * D + d[None, :]
         tl.store(dk_ptr + where, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
         tl.store(dv_ptr + where, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 

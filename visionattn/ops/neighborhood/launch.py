@@ -226,7 +226,7 @@ def _prepare_fold(s: _Shape, tiles: _Tiles, classes: Tensor) -> Callable[[Tensor
 
 
 def _prepare_query_grad(
-    s: _Shape, tile: Tile, lse_grad: bool, bias_grad: Callable[[], Callable[..., None]] | None
+    s: _Shape, tile: Tile, lse_grad: bool, bias_grad: Callable[[], Callable[..., None]] | None, spread: int
 ) -> Callable[..., None]:
     """Launches of the query gradient and, if ``bias_grad`` is given, of that of the bias.
 
@@ -235,7 +235,7 @@ def _prepare_query_grad(
     tiles = _Tiles(s, tile)
     fused = bias_grad is not None and tiles.walk.whole
     images = _images(s, tile, tiles, FUSED_PROGRAMS if fused else PROGRAMS)
-    flags = dict(LSE_GRAD=lse_grad, BIAS_GRAD=fused)
+    flags = dict(LSE_GRAD=lse_grad, BIAS_GRAD=fused, SPREAD=spread)
     launch = _launch(s, kernels_attention.query_grad_kernel, tile, tiles, images, **flags)
     if fused:
         shares = -(-s.B // images)
@@ -317,11 +317,12 @@ class _Backward(NamedTuple):
     key_grad: Callable[..., None]
 
 
-def _plan_backward(s: _Shape, lse_grad: bool, bias_grad: bool) -> _Backward:
+def _plan_backward(s: _Shape, lse_grad: bool, bias_grad: bool, spread: int) -> _Backward:
     apart = cache(lambda: s.tuned("bias_grad", lambda tile: _prepare_bias_grad(s, tile))) if bias_grad else None
+    kernel = kernels_attention_grad.key_grad_kernel
     return _Backward(
-        s.tuned("query_grad", lambda tile: _prepare_query_grad(s, tile, lse_grad, apart)),
-        s.tuned("key_grad", lambda tile: _prepare(s, kernels_attention_grad.key_grad_kernel, tile, by_key=True)),
+        s.tuned("query_grad", lambda tile: _prepare_query_grad(s, tile, lse_grad, apart, spread)),
+        s.tuned("key_grad", lambda tile: _prepare(s, kernel, tile, by_key=True, SPREAD=spread)),
     )
 
 
@@ -339,20 +340,27 @@ def backward(
     scale: float,
     stride: Sequence[int] = (1, 1),
     bias_grad: bool = True,
+    grads: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``visionattn::neighborhood_attention_backward`` on the device; no gradient of the bias unless ``bias_grad``."""
+    """``visionattn::neighborhood_attention_backward`` on the device; no gradient of the bias unless ``bias_grad``.
+
+    ``grads`` says where those of queries, keys and values go: heads side by side, pixels equally far apart.
+    """
     query, key, value = channels_inside(query), channels_inside(key), channels_inside(value)
     bias, lse_grad = None if bias is None else bias.contiguous(), grad_lse is not None
     bias_grad = bias_grad and bias is not None
-    signature = bias is None or bias.dtype, lse_grad, bias_grad
+    if grads is None:
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    dq, dk, dv = grads
+    spread = dq.stride(2) // (dq.shape[3] * dq.shape[4])
+    signature = bias is None or bias.dtype, lse_grad, bias_grad, spread
     name = (layout(query), layout(key), layout(value), *signature, *kernel, *dilation, *stride)
     run = _backward_plans.get(name) or _backward_plans.keep(
-        name, _plan_backward(_Shape(query, key, value, bias, kernel, dilation, stride), lse_grad, bias_grad)
+        name, _plan_backward(_Shape(query, key, value, bias, kernel, dilation, stride), lse_grad, bias_grad, spread)
     )
     do, lse = grad_out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     dlse = lse if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     dbias = torch.empty_like(bias) if bias_grad and bias is not None else None
     inputs = query, key, value, bias
     run.query_grad(*inputs, out.contiguous(), lse, do, dlse, dq, delta, dbias, scale)
