@@ -235,7 +235,7 @@ if torch.cuda.is_available():
             # before a norm some gradients are nothing but rounding errors
             assert (expected - actual).norm() <= 5e-3 * max(expected.norm(), 1e-3 * largest)
         for (name, expected), (_, actual) in zip(other.named_buffers(), model.named_buffers(), strict=True):
-            assert (expected - actual).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1.0), name
+            assert (expected - actual).abs().max() <= 5e-4 * expected.abs().max().clamp_min(1.0), name
 
 
 # the network as timm's tools see it
