@@ -248,6 +248,68 @@ def test_maps_with_channels_inside_go_to_the_kernels(name, served):
         assert names == ["0", "1"]
 
 
+SERVED_POINTWISE = {
+    "plain": lambda: nn.Conv2d(12, 7, 1),
+    "without bias": lambda: nn.Conv2d(12, 7, 1, bias=False),
+    "frozen": lambda: nn.Conv2d(12, 7, 1).requires_grad_(False),
+    "padded by name": lambda: nn.Conv2d(12, 7, 1, padding="same"),
+    "channels last": lambda: nn.Conv2d(12, 7, 1).to(memory_format=torch.channels_last),
+}
+OTHER_POINTWISE = {
+    "strided": lambda: nn.Conv2d(12, 7, 1, stride=2),
+    "padded": lambda: nn.Conv2d(12, 7, 1, padding=1),
+    "grouped": lambda: nn.Conv2d(12, 8, 1, groups=4),
+    "adapter": lambda: Adapter(nn.Conv2d(12, 7, 1)),
+    "subclass": lambda: DoubledConv(12, 7, 1),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(12, 7, 1)),
+    "hook": lambda: with_hook(nn.Conv2d(12, 7, 1), "register_forward_hook", lambda module, args, out: 3 * out),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED_POINTWISE, *OTHER_POINTWISE])
+def test_convolutions_of_single_pixels_are_linear_layers(name, served):
+    pytest.importorskip("triton")
+    conv, wide = {**SERVED_POINTWISE, **OTHER_POINTWISE}[name](), torch.randn(2, 5, 7, 20).requires_grad_()
+    wanted, results = [wide, *(p for p in conv.parameters() if p.requires_grad)], []
+    for backend in ("auto", "triton"):
+        with use_backend(backend):
+            for x in (wide[..., :12], wide[..., 4:16]):  # contexts and maps lie side by side
+                out = on_map(conv, x.permute(0, 3, 1, 2))
+                results.append((out, *torch.autograd.grad(out.sin().sum(), wanted)))
+    for expected, actual in zip(results[:2], results[2:], strict=True):
+        for e, a in zip(expected, actual, strict=True):
+            assert_close("out or gradient", e, a, 1e-6)
+            assert e.stride() == a.stride() or e.dim() == 1
+        if name in SERVED_POINTWISE:
+            assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    assert served == (["linear"] * 2 if name in SERVED_POINTWISE else [])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_single_pixels_under_autocast(frozen):
+    pytest.importorskip("triton")
+    conv, x = nn.Conv2d(12, 7, 1).requires_grad_(not frozen), torch.randn(X).permute(0, 3, 1, 2)
+    with torch.autocast("cpu", torch.float16), use_backend("triton"):
+        out = on_map(conv, x)
+    assert out.dtype == torch.float16
+    assert_close("out", conv(x), out.float(), 2e-3)
+    if not frozen:
+        grads = torch.autograd.grad(out.float().square().sum(), [conv.weight, conv.bias])
+        expected = torch.autograd.grad(conv(x).square().sum(), [conv.weight, conv.bias])
+        for e, a in zip(expected, grads, strict=True):
+            assert a.dtype == torch.float32
+            assert_close("gradient", e, a, 3e-3)
+
+
+def test_whoever_watches_sees_the_convolution(served):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    conv, x = nn.Conv2d(12, 7, 1), torch.randn(X).permute(0, 3, 1, 2)
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        on_map(conv, x)
+    assert torch.ops.aten.convolution in counter.get_flop_counts()["Global"] and not served
+
+
 def test_norms_of_maps_run_by_the_kernel(served):
     pytest.importorskip("triton")
     norm, x = timm.layers.LayerNorm2d(12), torch.randn(X).permute(0, 3, 1, 2)

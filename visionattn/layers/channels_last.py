@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from visionattn.ops import add_layer_norm, depthwise_conv, layer_norm, linear, mlp
-from visionattn.ops._dispatch import use_triton
+from visionattn.ops._dispatch import launches, use_triton
 
 
 def _unhooked(module: nn.Module) -> bool:
@@ -60,6 +60,18 @@ def is_depthwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
         and module.padding_mode == "zeros"
         and module.padding == tuple(side // 2 * module.dilation[0] for side in module.kernel_size)
         and module.kernel_size[0] % 2 == module.kernel_size[1] % 2 == 1
+        and bare(module, x)
+    )
+
+
+def is_pointwise(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether calling ``module`` on ``x`` would map every pixel linearly, with all channels in one group."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.groups == 1
+        and module.padding in ((0, 0), "valid", "same")
         and bare(module, x)
     )
 
@@ -133,7 +145,9 @@ def channels_innermost(x: Tensor) -> bool:
 
 
 def on_map(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, of depthwise convolutions and layer norms by our kernels where channels lie side by side on a GPU.
+    """``module(x)``, of some modules by our operators where channels lie side by side on a GPU.
+
+    They are depthwise and 1 x 1 convolutions and layer norms.
 
     Args:
         module: Any module.
@@ -148,6 +162,8 @@ def on_map(module: nn.Module, x: Tensor) -> Tensor:
             return depthwise_conv(rows, module.weight, module.bias, None, module.dilation[0]).permute(0, 3, 1, 2)
         if _is_layer_norm(module, x, _MAP_NORMS):
             return layer_norm(x.permute(0, 2, 3, 1), module.weight, module.bias, module.eps).permute(0, 3, 1, 2)
+        if launches(x) and is_pointwise(module, x):
+            return linear(x.permute(0, 2, 3, 1), module.weight, module.bias).permute(0, 3, 1, 2)
     return module(x)
 
 

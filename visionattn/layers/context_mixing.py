@@ -5,6 +5,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from visionattn.layers.channels_last import MapSequential
 from visionattn.ops import neighborhood_sum
 
 REGIONS = 7  # per side of the context map
@@ -94,11 +95,11 @@ class ContextMixing(nn.Module):
             raise ValueError(f"small_kernel={small_kernel} must be at most kernel_size={kernel_size}")
         self.groups, self.kernel_size, self.small_kernel = 2 * num_heads, kernel_size, small_kernel
         self.scale = (dim // self.groups) ** -0.5  # of all channels over the groups, though queries have half
-        self.query = nn.Sequential(
+        self.query = MapSequential(
             nn.Conv2d(dim, dim // 2, 1, bias=False, device=device, dtype=dtype),
             nn.BatchNorm2d(dim // 2, device=device, dtype=dtype),
         )
-        self.key = nn.Sequential(
+        self.key = MapSequential(
             nn.AdaptiveAvgPool2d(REGIONS),
             nn.Conv2d(context_dim, dim // 2, 1, bias=False, device=device, dtype=dtype),
             nn.BatchNorm2d(dim // 2, device=device, dtype=dtype),

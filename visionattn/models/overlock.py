@@ -32,17 +32,17 @@ from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_imag
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
 
-def conv_norm(in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, **dd: Any) -> nn.Sequential:
+def conv_norm(in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, **dd: Any) -> MapSequential:
     """Convolution without bias, then batch norm."""
     padding = kernel_size // 2
-    return nn.Sequential(
+    return MapSequential(
         nn.Conv2d(in_dim, dim, kernel_size, stride=stride, padding=padding, bias=False, **dd), nn.BatchNorm2d(dim, **dd)
     )
 
 
-def conv_mlp(in_dim: int, hidden_dim: int, dim: int, **dd: Any) -> nn.Sequential:
+def conv_mlp(in_dim: int, hidden_dim: int, dim: int, **dd: Any) -> MapSequential:
     """MLP of every pixel with a depthwise convolution and a response norm between its layers."""
-    return nn.Sequential(
+    return MapSequential(
         nn.Conv2d(in_dim, hidden_dim, 1, **dd),
         nn.GELU(),
         ResidualDepthwiseConv(hidden_dim, **dd),
@@ -146,12 +146,12 @@ class DynamicConvBlock(nn.Module):
             nn.Conv2d(both, dim, 1, **dd),
             GlobalResponseNorm(dim, channels_last=False, **dd),
         )
-        self.gate = nn.Sequential(*conv_norm(dim, dim, **dd), nn.SiLU())
+        self.gate = MapSequential(*conv_norm(dim, dim, **dd), nn.SiLU())
         self.lepe = MapSequential(DilatedReparamConv(dim, kernel_size, **dd), nn.BatchNorm2d(dim, **dd))
         self.mix = ContextMixing(dim, context_dim, num_heads, kernel_size, small_kernel, **dd)
         self.mix_proj = conv_norm(dim, dim, **dd)
         self.se = squeeze_excite(dim, **dd)
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, both, 1, **dd))
+        self.proj = MapSequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, both, 1, **dd))
         self.ls1 = ChannelAffine(both, **dd)
         self.dwconv2 = ResidualDepthwiseConv(both, **dd)
         self.norm2 = LayerNorm2d(both, eps=1e-6, **dd)
@@ -232,7 +232,7 @@ class OverviewStage(nn.Module):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         x = self.base(maps[0])
         overview = self.overview(x)
-        prior = self.context(overview)
+        prior = self.context(overview) if torch.jit.is_scripting() else on_map(self.context, overview)
         near = F.interpolate(prior, size=x.shape[2:], mode="bilinear", align_corners=False)
         return [self.focus(torch.cat((x, near), dim=1), near), prior, overview]
 
@@ -348,7 +348,7 @@ class OverLoCK(PyramidBackbone):
         ]
         dims = (*embed_dims[:2], embed_dims[2] + context_dim, embed_dims[3] + context_dim)
         self.overview_dim, self.projection_dim, self.with_aux_head = embed_dims[3], head_hidden_size, aux_head
-        self.projection = nn.Sequential()
+        self.projection = MapSequential()
         self.finish(stages, nn.Identity(), dims, in_chans, num_classes, global_pool, drop_rate, **dd)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
@@ -371,7 +371,7 @@ class OverLoCK(PyramidBackbone):
         if projected != (len(self.projection) > 0):
             width = self.projection_dim if projected else self.num_features
             layers = (*conv_norm(self.num_features, width, **dd), nn.SiLU()) if projected else ()
-            self.projection = nn.Sequential(*layers).apply(_init_weights).train(self.training)
+            self.projection = MapSequential(*layers).apply(_init_weights).train(self.training)
             self.head = ClassifierHead(width, 0, global_pool, self.head.drop.p, **dd).train(self.training)
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = None

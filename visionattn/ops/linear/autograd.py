@@ -28,6 +28,11 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    """``weight [D, C]``, or that of a 1 x 1 convolution, as a matrix."""
+    return weight if weight.dim() == 2 else weight.view(weight.shape[:2])
+
+
 def _like(out: Tensor, x: Tensor) -> Tensor:
     """``out [N, D]`` as ``[..., D]`` for ``x [..., C]``, not known as a view: autograd lets nobody change those."""
     if x.dim() == 2:
@@ -66,9 +71,11 @@ class _Linear(torch.autograd.Function):
         with torch._C._ExcludeDispatchKeyGuard(_PASSED):
             rows = _rows(x, dtype)
             w, b = _cast(dtype, weight, bias)
+            w = _matrix(w)
             out = F.linear(rows, w, b)
             ctx.save_for_backward(rows if wanted[1] else None, w if wanted[0] else None)
             ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+            ctx.weight = None if weight.dim() == 2 else (weight.shape, weight.stride())
             return _like(out, x)
 
     @staticmethod
@@ -84,6 +91,7 @@ class _Linear(torch.autograd.Function):
                 dx = dx if dx.dtype == x_dtype else dx.to(x_dtype)
             if wanted[1]:
                 dw = _weight_grad(grad, rows, w_dtype)
+                dw = dw if ctx.weight is None else dw.as_strided(*ctx.weight)  # strides as the optimizers want them
             if wanted[2]:
                 db = launcher("linear").column_sums(grad, b_dtype)
         return dx, dw, db, None
@@ -152,7 +160,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, l
     if learns:
         return _Linear.apply(x, weight, bias, dtype)
     with torch._C._ExcludeDispatchKeyGuard(_PASSED):
-        return _like(F.linear(_rows(x, dtype), *_cast(dtype, weight, bias)), x)
+        w, b = _cast(dtype, weight, bias)
+        return _like(F.linear(_rows(x, dtype), _matrix(w), b), x)
 
 
 def mlp(

@@ -16,7 +16,7 @@ def _fits(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, ca
             return False
         if y.device != x.device or (y.dtype not in KERNEL_DTYPES if cast else y.dtype != dtype):
             return False
-    return weight.dim() == 2 and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
+    return weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _dtype(x: Tensor) -> torch.dtype | None:
@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: ``[..., C]``, any float dtype.
-        weight: ``[D, C]``, the parameter of an ``nn.Linear``.
+        weight: ``[D, C]``, the parameter of an ``nn.Linear``, or ``[D, C, 1, 1]``, that of a 1 x 1 ``nn.Conv2d``.
         bias: ``[D]``.
 
     Returns:
@@ -55,10 +55,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype is not None
         and ((learns := _learns(x, weight, bias)) or _casts(x))
         and _fits(dtype, x, weight, bias, _casts(x))
+        and (weight.dim() == 2 or (weight.dim() == 4 and weight.shape[2:] == (1, 1) and weight.is_contiguous()))
         and weight.shape[1] == x.shape[-1]
     ):
         return autograd.linear(x, weight, bias, dtype, learns)
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.flatten(1) if weight.dim() == 4 else weight, bias)
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
@@ -81,6 +82,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     if (
         dtype is not None
         and ((learns := _learns(x, weight1, bias1, weight2, bias2)) or _casts(x))
+        and weight1.dim() == weight2.dim() == 2
         and _fits(dtype, x, weight1, bias1, _casts(x))
         and _fits(dtype, x, weight2, bias2, _casts(x))
         and weight1.shape[1] == x.shape[-1]
