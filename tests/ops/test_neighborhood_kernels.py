@@ -217,13 +217,14 @@ def test_search_finds_tiles_that_work(bias, monkeypatch, caplog):
     assert sum("fastest of" in message for message in caplog.messages) == 3 + bias
 
 
+@pytest.mark.parametrize("whole", [0, 256])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_program_may_serve_several_images(bias, monkeypatch):
+def test_a_program_may_serve_several_images(bias, whole, monkeypatch):
     from visionattn.ops.neighborhood import launch, tuning
 
-    tile, case = tuning.Tile(4, 4, 32, 4, 2, images=2), dict(SMALL, size=(3, 9, 8))
-    monkeypatch.setattr(launch, "PROGRAMS", 1)
-    monkeypatch.setattr(launch, "BIAS_PROGRAMS", 1)
+    tile, case = tuning.Tile(4, 4, 32, 1, 2, images=2, whole=whole), dict(SMALL, size=(3, 9, 8))
+    for name in ("PROGRAMS", "BIAS_PROGRAMS", "FUSED_PROGRAMS"):
+        monkeypatch.setattr(launch, name, 1)
     monkeypatch.setattr(tuning, "choose", lambda *args: tile)
     launch._forward_plans.clear(), launch._backward_plans.clear()
     compare(case, torch.float16, bias)
@@ -265,6 +266,29 @@ def test_tiles_of_windows_without_overlap_reach_no_further(by_key):
     given = tuning.Tile(7, 7, 64, 4, 2)
     found = tuning.candidates(given, (56, 56), (7, 7), (1, 1), (7, 7), by_key)
     assert found[0] == given and all(7 % tile.height == 0 or tile.height < 7 for tile in found)
+
+
+@pytest.mark.parametrize("block, whole, parts", [
+    (64, 256, ((0, 64), (64, 64), (128, 64), (192, 16))),
+    (128, 256, ((0, 128), (128, 64), (192, 16))),
+    (64, 0, ((0, 16),)),
+])  # fmt: skip
+def test_halos_are_taken_whole_or_walked_over(block, whole, parts):
+    walk = geometry.walk((28, 28), (7, 7), (1, 1), (8, 8), block, whole=whole)
+    assert walk.rows.columns * walk.columns.columns == 14 * 14
+    assert walk.parts == parts and walk.whole == (whole > 0)
+    assert 32 * walk.words >= walk.rest + block * max(map(walk.chunks, walk.rows.kinds)) >= 14 * 14
+
+
+def test_tiles_of_a_class_leave_their_sums_side_by_side():
+    walk = geometry.walk((20, 23), (5, 5), (1, 1), (4, 8), 32, whole=256)
+    places, classes = geometry.order(walk, 3)
+    assert sorted(places.tolist()) == list(range(walk.tiles))
+    pairs = [(y[2], x[2]) for y in walk.rows.tiles for x in walk.columns.tiles]
+    for place, (y, x) in zip(places.tolist(), pairs, strict=True):
+        first, count = classes[y * len(walk.columns.kinds) + x, :2].tolist()
+        assert first <= 3 * place < first + count
+    assert classes[:, 1].sum() == 3 * walk.tiles
 
 
 def test_bias_of_nan_is_seen():
