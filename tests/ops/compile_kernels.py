@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from visionattn.ops.affine import launch as affine
 from visionattn.ops.depthwise import launch as depthwise
 from visionattn.ops.depthwise import launch_branches, launch_large
 from visionattn.ops.linear import launch as linear
@@ -97,6 +98,22 @@ def norms():
             norm.backward(out, delta, total, stats, weight, weight, partial=delta is not None)
 
 
+def affine_sums():
+    """Sums on the main path and updates of a context, wide and ragged."""
+    for C, K, dtype, kind in (
+        (320, 320, torch.bfloat16, torch.float32),
+        (384, 128, torch.bfloat16, torch.float32),
+        (10, 10, torch.float32, torch.float32),
+        (33, 10, torch.float16, torch.float16),
+    ):
+        x, y, weight = torch.empty(2, 7, 7, C, dtype=dtype), torch.empty(2, 7, 7, K, dtype=dtype), torch.empty(K)
+        weight, scaled = weight.to(kind), weight.to(kind) if C > K else None
+        for keep in (None, torch.empty(2, dtype=dtype)) if C == K else (None,):
+            affine.forward(x, y, weight, weight, scaled, scaled, keep, 1.25, dtype)
+            for partial in (False, True):
+                affine.backward(x, x, y, weight, scaled, keep, 1.25, partial, dtype, dtype, y.shape)
+
+
 def depthwise_convolutions():
     """A position convolution on its own input, and one of a packed projection's values."""
     for side, C, kernel, dtype in (
@@ -181,6 +198,7 @@ def run(capability):
     routing()
     neighborhoods()
     norms()
+    affine_sums()
     depthwise_convolutions()
     linear_layers()
     neighborhood_sums()

@@ -15,6 +15,8 @@ import torch
 
 from visionattn.ops import (
     add_layer_norm,
+    affine_add,
+    affine_join,
     depthwise_conv,
     layer_norm,
     linear,
@@ -84,6 +86,15 @@ def norms(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
         layer_norm(x, weight, bias)
         add_layer_norm(x, delta, weight, bias)
     return [*out, *torch.autograd.grad([y.float().sin().sum() for y in out], (x, delta, weight, bias))]
+
+
+def affine_sums(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
+    """Two scaled maps, the second as wide as the first or not, and one of which images are dropped."""
+    x, y, parameters = leaf(*shape, dtype=dtype), leaf(*shape[:-1], 2 * shape[-1], dtype=dtype), leaf(4, shape[-1])
+    keep = torch.arange(shape[0]).to(DEVICE, dtype) % 2
+    out = [affine_add(x, *parameters[:2], y[..., : shape[-1]]), affine_join(y, x, *parameters)]
+    out.append(affine_add(x, *parameters[:2], y[..., : shape[-1]], keep, 2.0))
+    return [*out, *torch.autograd.grad([y.float().sin().sum() for y in out], (x, y, parameters))]
 
 
 def convolutions(
@@ -159,6 +170,8 @@ def sums(
 OTHERS = {
     "norm": lambda: norms(HALF, 2, 5, 64),
     "norm, ragged": lambda: norms(FULL, 3, 33),
+    "affine sums": lambda: affine_sums(HALF, 2, 5, 64),
+    "affine sums, ragged": lambda: affine_sums(FULL, 3, 7, 33),
     "convolution": lambda: convolutions(HALF, (1, 6, 8), 64, (3, 3)),
     "convolution, ragged": lambda: convolutions(FULL, (2, 5, 7), 10, (5, 3)),
     "large convolution": lambda: convolutions(HALF, (1, 6, 5), 16, (7, 7)),

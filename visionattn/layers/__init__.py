@@ -1,5 +1,6 @@
 """Modules used by two or more backbones, that wrap an operator, or that are of use by themselves."""
 
+from visionattn.layers.channel_affine import ChannelAffine, add_scaled, update_last
 from visionattn.layers.channels_last import (
     ChannelsLast,
     MapSequential,
@@ -23,6 +24,7 @@ from visionattn.layers.windows import (
 )
 
 __all__ = [
+    "ChannelAffine",
     "ChannelsLast",
     "ContextMixing",
     "DeformablePatches",
@@ -34,10 +36,12 @@ __all__ = [
     "RoutingAttention",
     "WindowAttention",
     "add_normalize",
+    "add_scaled",
     "convolve",
     "multi_head_attention",
     "normalize",
     "on_map",
     "project",
     "transform",
+    "update_last",
 ]

@@ -21,12 +21,15 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from visionattn.layers import (
+    ChannelAffine,
     ChannelsLast,
     ContextMixing,
     DilatedReparamConv,
     MapSequential,
     ResidualDepthwiseConv,
+    add_scaled,
     on_map,
+    update_last,
 )
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_image
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
@@ -54,18 +57,6 @@ def conv_mlp(in_dim: int, hidden_dim: int, dim: int, **dd: Any) -> MapSequential
 def squeeze_excite(dim: int, **dd: Any) -> nn.Module:
     """Gates of the channels from their means."""
     return SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=nn.GELU, **dd)
-
-
-class ChannelAffine(nn.Module):
-    """Factor and offset for each channel of ``[B, C, H, W]``, at first 1 and 0."""
-
-    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
 class RepConvBlock(nn.Module):
@@ -96,7 +87,10 @@ class RepConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x)
-        return self.ls(x) + self.drop_path(self.mlp(self.branch(x)))
+        y = self.mlp(self.branch(x))
+        if torch.jit.is_scripting():
+            return self.ls(x) + self.drop_path(y)
+        return add_scaled(self.ls, self.drop_path, x, y)
 
 
 class DynamicConvBlock(nn.Module):
@@ -161,14 +155,20 @@ class DynamicConvBlock(nn.Module):
 
     def forward(self, x: Tensor, prior: Tensor) -> Tensor:
         if self.context_scale is not None and self.prior_scale is not None:
-            x, context = x.split(self.dims, dim=1)
-            x = torch.cat((x, self.context_scale(context) + self.prior_scale(prior)), dim=1)
+            if torch.jit.is_scripting():
+                x, context = x.split(self.dims, dim=1)
+                x = torch.cat((x, self.context_scale(context) + self.prior_scale(prior)), dim=1)
+            else:
+                x = update_last(self.context_scale, self.prior_scale, x, prior)
         x = self.dwconv1(x)
-        y = self._mixed(self.norm1(x) if torch.jit.is_scripting() else on_map(self.norm1, x))
-        x = self.ls1(x) + self.drop_path(y)
+        if torch.jit.is_scripting():
+            x = self.ls1(x) + self.drop_path(self._mixed(self.norm1(x)))
+        else:
+            x = add_scaled(self.ls1, self.drop_path, x, self._mixed(on_map(self.norm1, x)))
         x = self.dwconv2(x)
-        y = self.mlp(self.norm2(x) if torch.jit.is_scripting() else on_map(self.norm2, x))
-        return self.ls2(x) + self.drop_path(y)
+        if torch.jit.is_scripting():
+            return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        return add_scaled(self.ls2, self.drop_path, x, self.mlp(on_map(self.norm2, x)))
 
     def _mixed(self, x: Tensor) -> Tensor:
         query, context = x.split(self.dims, dim=1)

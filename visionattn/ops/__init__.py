@@ -1,6 +1,7 @@
 """Pure functions on tensors: no modules, no parameters, nothing imported from the rest of the package."""
 
 from visionattn.ops._dispatch import backend, use_backend
+from visionattn.ops.affine import affine_add, affine_join
 from visionattn.ops.depthwise import depthwise_conv
 from visionattn.ops.linear import linear, mlp
 from visionattn.ops.neighborhood import neighborhood_attention, neighborhood_sum
@@ -11,6 +12,8 @@ from visionattn.ops.windows import join_windows, split_windows
 
 __all__ = [
     "add_layer_norm",
+    "affine_add",
+    "affine_join",
     "backend",
     "crop",
     "depthwise_conv",

@@ -115,6 +115,22 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
+def result_dtype(x: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else that of ``x`` promoted with the others."""
+    if torch.is_autocast_enabled(x.device.type):
+        return autocast_dtype(x)
+    dtype = x.dtype
+    for y in others:
+        if y.dtype != dtype:
+            dtype = torch.promote_types(dtype, y.dtype)
+    return dtype
+
+
+def learns(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient of one of them may be wanted."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def register_autocast(op: Any, tensors: int) -> None:
     """Under autocast run ``op`` with its first tensors in the dtype that is set at call time; float64 stays.
 

@@ -1,5 +1,6 @@
 """Launching Triton kernels with little host time."""
 
+import math
 from typing import Any
 
 import torch
@@ -113,7 +114,37 @@ def channels_inside(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_sums = Plans()
+def rows_apart(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` itself, or as ``[N, C]``: a view where its rows are equally far apart, else a copy; and how far that is."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = x.reshape(-1, x.shape[-1])
+    return (x, x.stride(0)) if x.stride(1) == 1 else (x.contiguous(), x.shape[1])
+
+
+def slice_width(C: int) -> int:
+    """Columns of a program of those that share ``C`` columns; slices that come out even need no mask."""
+    width = math.gcd(C, 128)
+    return width if width >= 32 else min(128, triton.next_power_of_2(C))
+
+
+_sums, _folds = Plans(), Plans()
+
+
+def fold_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums ``[width]`` in ``dtype`` of what the programs of a kernel found, float32 ``[programs, width]``.
+
+    The order of summation is always the same.
+    """
+    key = partial.shape, dtype, partial.device
+    launch = _folds.get(key)
+    if launch is None:
+        programs, width = partial.shape
+        grid, integers, constants = (1, triton.cdiv(width, 32)), (programs, width, 0, 1), dict(BLOCK_N=128, BLOCK_C=32)
+        launch = _folds.keep(key, Launch(kernels_sums.sum_kernel, grid, integers, constants))
+    out = torch.empty(partial.shape[1], dtype=dtype, device=partial.device)
+    launch(partial, out, out)
+    return out
 
 
 def sum_programs(partial: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

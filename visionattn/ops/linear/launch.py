@@ -1,6 +1,5 @@
 """Launching the Triton kernels around linear layers."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import triton
 from torch import Tensor
 
 from visionattn.ops import kernels_sums
-from visionattn.ops._launch import Launch, Plans
+from visionattn.ops._launch import Launch, Plans, slice_width
 from visionattn.ops.linear import kernels_linear
 
 TILE = 4096  # values that a program sums at once
@@ -65,9 +64,7 @@ def cast(given: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _slices(C: int, tile: int) -> tuple[int, dict[str, Any]]:
     """Slices of the columns, and columns and rows of a program's tile; slices that come out even need no mask."""
-    block = math.gcd(C, 128)
-    if block < 32:
-        block = min(128, triton.next_power_of_2(C))
+    block = slice_width(C)
     return triton.cdiv(C, block), dict(C=C, ROWS=tile // block, BLOCK_C=block)
 
 

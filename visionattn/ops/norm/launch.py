@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops._launch import Launch, Plans, sum_programs
+from visionattn.ops._launch import Launch, Plans, rows_apart, sum_programs
 from visionattn.ops.norm import kernels_norm
 
 TILE = 2048  # values that a program holds at once
@@ -12,14 +12,6 @@ PROGRAMS = 512  # of the backward kernel at most: all of them run at the same ti
 
 
 _forward, _backward = Plans(), Plans()
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` itself, or as ``[N, C]``: a view where its rows are equally far apart, else a copy; and how far that is."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    x = x.reshape(-1, x.shape[-1])
-    return (x, x.stride(0)) if x.stride(1) == 1 else (x.contiguous(), x.shape[1])
 
 
 def _blocks(C: int) -> dict[str, int]:
@@ -39,8 +31,8 @@ def forward(
     weight, bias = weight.contiguous(), bias.contiguous()
     shape, C, device, add = x.shape, x.shape[-1], x.device, delta is not None
     N = x.numel() // C
-    x, distance = _rows(x)
-    other, other_distance = (x, distance) if delta is None else _rows(delta)
+    x, distance = rows_apart(x)
+    other, other_distance = (x, distance) if delta is None else rows_apart(delta)
     total = torch.empty(shape, dtype=torch.promote_types(x.dtype, other.dtype), device=device) if add else x
     out = torch.empty(shape, dtype=dtype, device=device)
     stats = torch.empty((2, N), dtype=torch.float32, device=device) if save else None
@@ -75,9 +67,9 @@ def backward(
     shape, dtype, device, add = grad.shape, x.dtype, x.device, grad_sum is not None
     C, N, weight = shape[-1], stats.shape[1], weight.contiguous()
     dx = torch.empty(shape, dtype=dtype, device=device)
-    grad, distance = _rows(grad)
-    other, other_distance = (grad, distance) if grad_sum is None else _rows(grad_sum)
-    x, x_distance = _rows(x)
+    grad, distance = rows_apart(grad)
+    other, other_distance = (grad, distance) if grad_sum is None else rows_apart(grad_sum)
+    x, x_distance = rows_apart(x)
     distances = distance, other_distance, x_distance
     key = N, C, distances, dtype, grad.dtype, other.dtype, weight.dtype, add, partial, device
     launch, programs = _backward.get(key) or (None, 0)
