@@ -8,8 +8,11 @@ The first call compiles, so that the sanitizer only watches::
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/ops/sanitize.py
     compute-sanitizer --tool initcheck --error-exitcode 1 python tests/ops/sanitize.py
 
-Without a GPU it runs in Triton's interpreter, TRITON_INTERPRET=1, with float16 for bfloat16.
+Words after the file's name choose the cases that contain one of them. Without a GPU it runs in Triton's interpreter,
+TRITON_INTERPRET=1, with float16 for bfloat16.
 """
+
+import sys
 
 import torch
 
@@ -29,6 +32,7 @@ from visionattn.ops import (
     use_backend,
 )
 from visionattn.ops.depthwise.branches import branch_sum
+from visionattn.ops.neighborhood.packed import packed_attention as packed_window_attention
 from visionattn.ops.routing.packed import packed_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,6 +158,13 @@ def neighbours(
     return [out, *grads]
 
 
+def packed_neighbours(dtype: torch.dtype, size: tuple[int, int, int], heads: int, d: int) -> list[torch.Tensor]:
+    """The same of a packed projection as one node."""
+    qkv, bias = leaf(*size, 3 * heads * d, dtype=dtype), leaf(heads, 13, 13)
+    out = packed_window_attention(qkv, bias, heads, [7, 7], [1, 1], d**-0.5)
+    return [out, *torch.autograd.grad(out.float().sin().sum(), (qkv, bias))]
+
+
 def sums(
     dtype: torch.dtype, size: tuple[int, int, int], groups: int, d: int, kernels: list[int], softmax: bool
 ) -> list[torch.Tensor]:
@@ -190,6 +201,7 @@ OTHERS = {
     "neighbours, dilated, bias": lambda: neighbours(HALF, (1, 9, 7), 2, 24, 3, 2, True),
     "neighbours, stride, ragged": lambda: neighbours(HALF, (1, 8, 7), 1, 16, 3, 1, True, 2),
     "neighbours, windows apart": lambda: neighbours(HALF, (2, 6, 9), 1, 16, 3, 1, False, 3),
+    "neighbours, packed": lambda: packed_neighbours(HALF, (3, 9, 8), 1, 32),
     "window sums": lambda: sums(HALF, (2, 7, 7), 2, 16, [3, 5], True),
     "window sums, ragged": lambda: sums(FULL, (1, 5, 9), 1, 10, [3, 5], True),
     "window sums, no softmax": lambda: sums(FULL, (1, 6, 5), 2, 7, [3], False),
@@ -197,11 +209,11 @@ OTHERS = {
 
 
 if __name__ == "__main__":
+    wanted = [name for name in (*CASES, *OTHERS) if not sys.argv[1:] or any(word in name for word in sys.argv[1:])]
     with use_backend("triton"):
-        for case in CASES:
-            run(case)
-            print(case)
-        for case, function in OTHERS.items():
-            if not all(x.isfinite().all() for x in function()):
+        for case in wanted:
+            if case in CASES:
+                run(case)
+            elif not all(x.isfinite().all() for x in OTHERS[case]()):
                 raise ValueError(f"{case}: values that are not finite")
             print(case)

@@ -23,7 +23,7 @@ def note(self, *args, **kwargs):
     return run(self, *args, **kwargs)
 
 InterpretedFunction.run = note
-runpy.run_path(sys.argv[1], run_name="__main__")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
 found = pkgutil.walk_packages(visionattn.ops.__path__, "visionattn.ops.")
 modules = [importlib.import_module(m.name) for m in found if ".kernels_" in m.name]
 kernels = {name_of(x) for m in modules for name, x in vars(m).items() if name.endswith("_kernel")}
