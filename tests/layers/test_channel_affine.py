@@ -10,6 +10,13 @@ from visionattn.layers import ChannelAffine, add_scaled, channel_affine, update_
 from visionattn.ops import use_backend
 
 pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def where_kernels_run():
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
@@ -112,7 +119,7 @@ def test_other_layouts_are_left_to_the_modules(served):
 
 def test_autocast_sets_the_dtype():
     modules, x = (scale(), nn.Identity()), torch.randn(2, 5, 4, 12).permute(0, 3, 1, 2)
-    with torch.autocast("cpu", torch.float16), use_backend("triton"):
+    with torch.autocast(DEVICE, torch.float16), use_backend("triton"):
         out = add_scaled(*modules, x, x)
     assert out.dtype == torch.float16
     assert_close("out", modules[0](x) + x, out.float(), 1e-3)

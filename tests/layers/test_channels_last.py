@@ -25,6 +25,13 @@ from visionattn.layers import (
 from visionattn.ops import use_backend
 
 X = torch.Size((2, 5, 7, 12))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def where_kernels_run():
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
@@ -289,7 +296,7 @@ def test_convolutions_of_single_pixels_are_linear_layers(name, served):
 def test_single_pixels_under_autocast(frozen):
     pytest.importorskip("triton")
     conv, x = nn.Conv2d(12, 7, 1).requires_grad_(not frozen), torch.randn(X).permute(0, 3, 1, 2)
-    with torch.autocast("cpu", torch.float16), use_backend("triton"):
+    with torch.autocast(DEVICE, torch.float16), use_backend("triton"):
         out = on_map(conv, x)
     assert out.dtype == torch.float16
     assert_close("out", conv(x), out.float(), 2e-3)
