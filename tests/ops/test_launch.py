@@ -64,13 +64,35 @@ def test_a_search_passes_over_tiles_that_cannot_be_prepared_or_launched(monkeypa
     x = torch.zeros(1, device=DEVICE)
     with caplog.at_level("INFO", logger="visionattn"):
         _tiles.Search("sum", ["wide", "high", "small"], prepare)(x)
-    assert launched == ["small", "small"]  # once for its time
+    assert launched == ["small"] * 3  # for its results, its time and the call
     wide, high, fastest = caplog.messages
     assert wide == "sum: wide does not work: too many programs"
     assert high == "sum: high does not work: too much shared memory"
     assert fastest.startswith("sum: fastest of 1 is small")
     with pytest.raises(RuntimeError, match="no tile of 2 works for sum"):
         _tiles.Search("sum", ["wide", "high"], prepare)(x)
+
+
+def test_a_search_passes_over_tiles_with_other_results(monkeypatch, caplog):
+    from visionattn.ops import _tiles
+
+    times = {"usual": 3.0, "rounded": 2.0, "wrong": 1.0, "not a number": 1.0}
+    values = {"usual": 1.0, "rounded": 1.001, "wrong": 1.5, "not a number": float("nan")}
+    order = iter([times["usual"], times["rounded"]])
+    monkeypatch.setattr(_tiles, "milliseconds", lambda run: (run(), next(order))[1])
+
+    def prepare(tile):
+        return lambda x, out: out.copy_(x * values[tile])
+
+    x = torch.tensor([3.0, float("inf"), -2.0], device=DEVICE)
+    out = torch.empty_like(x)
+    with caplog.at_level("INFO", logger="visionattn"):
+        _tiles.Search("product", list(times), prepare)(x, out)
+    assert torch.equal(out, x * values["rounded"])
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "product: wrong gives other results", "product: not a number gives other results",
+        "product: fastest of 2 is rounded, 2.0000 ms",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [1, 0.125, 2])
