@@ -178,7 +178,7 @@ def choose(
 
 
 def _warps(most: int, pixels: int) -> int:
-    """Warps of a tile, no more than have rows of their own: Triton 3.6 has made wrong code for others."""
+    """Warps of a tile, no more than have rows of their own: others made illegal accesses with Triton 3.6."""
     return min(most, max(16, 1 << (pixels - 1).bit_length()) // 16)
 
 
