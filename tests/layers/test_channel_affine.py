@@ -11,29 +11,13 @@ from visionattn.ops import use_backend
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def where_kernels_run():
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
 
 
 @pytest.fixture
-def served(monkeypatch):
+def served(watch):
     """Names of the operators that ran."""
-    names = []
-
-    def recorder(name, run):
-        def record(*args):
-            names.append(name)
-            return run(*args)
-
-        return record
-
-    for name in ("affine_add", "affine_join"):
-        monkeypatch.setattr(channel_affine, name, recorder(name, getattr(channel_affine, name)))
-    return names
+    return watch(channel_affine, "affine_add", "affine_join")
 
 
 def scale(dim=12):

@@ -26,29 +26,13 @@ from visionattn.ops import use_backend
 
 X = torch.Size((2, 5, 7, 12))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def where_kernels_run():
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
 
 
 @pytest.fixture
-def served(monkeypatch):
+def served(watch):
     """Names of the operators that ran."""
-    names = []
-
-    def recorder(name, run):
-        def record(*args):
-            names.append(name)
-            return run(*args)
-
-        return record
-
-    for name in ("layer_norm", "add_layer_norm", "depthwise_conv", "linear", "mlp"):
-        monkeypatch.setattr(channels_last, name, recorder(name, getattr(channels_last, name)))
-    return names
+    return watch(channels_last, "layer_norm", "add_layer_norm", "depthwise_conv", "linear", "mlp")
 
 
 def depthwise(**kwargs):

@@ -131,17 +131,19 @@ def slice_width(C: int) -> int:
 _sums, _folds = Plans(), Plans()
 
 
+def fold_plan(programs: int, width: int) -> Launch:
+    """The launch that adds up ``[programs, width]``, always in the same order."""
+    constants = dict(BLOCK_N=128, BLOCK_C=32)
+    return Launch(kernels_sums.sum_kernel, (1, triton.cdiv(width, 32)), (programs, width, 0, 1), constants)
+
+
 def fold_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums ``[width]`` in ``dtype`` of what the programs of a kernel found, float32 ``[programs, width]``.
 
     The order of summation is always the same.
     """
     key = partial.shape, dtype, partial.device
-    launch = _folds.get(key)
-    if launch is None:
-        programs, width = partial.shape
-        grid, integers, constants = (1, triton.cdiv(width, 32)), (programs, width, 0, 1), dict(BLOCK_N=128, BLOCK_C=32)
-        launch = _folds.keep(key, Launch(kernels_sums.sum_kernel, grid, integers, constants))
+    launch = _folds.get(key) or _folds.keep(key, fold_plan(*partial.shape))
     out = torch.empty(partial.shape[1], dtype=dtype, device=partial.device)
     launch(partial, out, out)
     return out

@@ -51,18 +51,9 @@ class _Affine(torch.autograd.Function):
         )
 
 
-def affine(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    y_weight: Tensor | None,
-    y_bias: Tensor | None,
-    keep: Tensor | None,
-    gain: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The sum in ``dtype``; ``y`` may have the last channels of ``x`` only."""
-    if learns(x, y, weight, bias, y_weight, y_bias):
-        return _Affine.apply(x, y, weight, bias, y_weight, y_bias, keep, gain, dtype)
-    return launcher("affine").forward(x, y, weight, bias, y_weight, y_bias, keep, gain, dtype)
+def affine(x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+    """The sum, of arguments as ``_Affine`` has them; ``y`` may have the last channels of ``x`` only."""
+    if learns(x, y, *rest[:4]):
+        return _Affine.apply(x, y, *rest)
+    out: Tensor = launcher("affine").forward(x, y, *rest)
+    return out

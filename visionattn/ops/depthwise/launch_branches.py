@@ -12,8 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops import kernels_sums
-from visionattn.ops._launch import Launch, Plans, layout
+from visionattn.ops._launch import Launch, Plans, fold_plan, layout
 from visionattn.ops.depthwise import kernels_branches, launch, launch_large
 
 BRANCHES = 8  # that the kernels have arguments for
@@ -131,8 +130,7 @@ class _Backward:
         n, C, taps = plan.branches, plan.channels, plan.taps
         self.merged, programs = launch.weight_grad_plan(grad, x, plan.weights[0], x)
         self.width, self.partial = (plan.side**2 + 1) * C, programs * (plan.side**2 + 1) * C
-        grid, integers = (1, triton.cdiv(self.width, 32)), (programs, self.width, 0, 1)
-        self.fold = Launch(kernels_sums.sum_kernel, grid, integers, dict(BLOCK_N=GRADIENTS_AT_ONCE, BLOCK_C=32))
+        self.fold = fold_plan(programs, self.width)
         grid, integers = (triton.cdiv(C, CHANNELS), n), (taps, C, plan.count, *plan.geometry)
         constants = dict(BRANCHES=n, BLOCK_T=VALUES_AT_ONCE, BLOCK_C=CHANNELS)
         self.norms = Launch(kernels_branches.norm_grad_kernel, grid, integers, constants)

@@ -155,9 +155,9 @@ class _Mlp(torch.autograd.Function):
         return dx, dw1, db1, dw2, db2, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, learns: bool = True) -> Tensor:
-    """``x [..., C]`` through a linear layer in ``dtype``; for a gradient if one ``learns``."""
-    if learns:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, wanted: bool) -> Tensor:
+    """``x [..., C]`` through a linear layer in ``dtype``; with a node of the graph if a gradient is ``wanted``."""
+    if wanted:
         return _Linear.apply(x, weight, bias, dtype)
     with torch._C._ExcludeDispatchKeyGuard(_PASSED):
         w, b = _cast(dtype, weight, bias)
@@ -171,10 +171,10 @@ def mlp(
     weight2: Tensor,
     bias2: Tensor | None,
     dtype: torch.dtype,
-    learns: bool = True,
+    wanted: bool,
 ) -> Tensor:
     """``x [..., C]`` through two linear layers and the GELU between them in ``dtype``, as ``linear``."""
-    if learns:
+    if wanted:
         return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)
     with torch._C._ExcludeDispatchKeyGuard(_PASSED):
         w1, b1, w2, b2 = _cast(dtype, weight1, bias1, weight2, bias2)

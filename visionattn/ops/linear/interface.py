@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from visionattn.ops._dispatch import KERNEL_DTYPES, autocast_dtype, launches
+from visionattn.ops._dispatch import KERNEL_DTYPES, autocast_dtype, launches, learns
 from visionattn.ops.linear import autograd
 
 
@@ -30,11 +30,6 @@ def _casts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _learns(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a gradient may be wanted."""
-    return torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *parameters))
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, in eager training and under autocast on a GPU with less of its host time.
 
@@ -53,12 +48,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = _dtype(x)
     if (
         dtype is not None
-        and ((learns := _learns(x, weight, bias)) or _casts(x))
+        and ((wanted := learns(x, weight, bias)) or _casts(x))
         and _fits(dtype, x, weight, bias, _casts(x))
         and (weight.dim() == 2 or (weight.dim() == 4 and weight.shape[2:] == (1, 1) and weight.is_contiguous()))
         and weight.shape[1] == x.shape[-1]
     ):
-        return autograd.linear(x, weight, bias, dtype, learns)
+        return autograd.linear(x, weight, bias, dtype, wanted)
     return F.linear(x, weight.flatten(1) if weight.dim() == 4 else weight, bias)
 
 
@@ -81,12 +76,12 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     dtype = _dtype(x)
     if (
         dtype is not None
-        and ((learns := _learns(x, weight1, bias1, weight2, bias2)) or _casts(x))
+        and ((wanted := learns(x, weight1, bias1, weight2, bias2)) or _casts(x))
         and weight1.dim() == weight2.dim() == 2
         and _fits(dtype, x, weight1, bias1, _casts(x))
         and _fits(dtype, x, weight2, bias2, _casts(x))
         and weight1.shape[1] == x.shape[-1]
         and weight2.shape[1] == weight1.shape[0]
     ):
-        return autograd.mlp(x, weight1, bias1, weight2, bias2, dtype, learns)
+        return autograd.mlp(x, weight1, bias1, weight2, bias2, dtype, wanted)
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)

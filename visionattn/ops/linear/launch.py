@@ -7,8 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from visionattn.ops import kernels_sums
-from visionattn.ops._launch import Launch, Plans, slice_width
+from visionattn.ops._launch import Launch, Plans, fold_plan, slice_width
 from visionattn.ops.linear import kernels_linear
 
 TILE = 4096  # values that a program sums at once
@@ -85,8 +84,7 @@ class _Plan:
         integers = distance, N, width, 0
         self.sum = Launch(kernels_linear.column_sum_kernel, (slices, self.programs), integers, constants)
         self.gelu = _gelu(N, widths[-1], self.programs, width, width - widths[-1])
-        grid, integers = (1, triton.cdiv(width, 32)), (*self.shape, 0, 1)
-        self.fold = Launch(kernels_sums.sum_kernel, grid, integers, dict(BLOCK_N=128, BLOCK_C=32))
+        self.fold = fold_plan(*self.shape)
 
 
 def _gelu(N: int, C: int, programs: int = 0, width: int = 0, first: int = 0) -> Launch:

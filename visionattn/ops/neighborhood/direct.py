@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
+from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches, learns
 
 
 class _NeighborhoodAttention(torch.autograd.Function):
@@ -60,6 +60,6 @@ def neighborhood_attention(
     if not launcher("neighborhood").serves(query, key, value, bias, kernel):
         return None
     inputs = query, key, value, bias
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if learns(*inputs):
         return _NeighborhoodAttention.apply(*inputs, kernel, dilation, scale, stride)
     return launcher("neighborhood").forward(*inputs, kernel, dilation, scale, stride)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches
+from visionattn.ops._dispatch import autocast_dtype, differentiable_once, launcher, launches, learns
 
 
 class _NeighborhoodSum(torch.autograd.Function):
@@ -43,7 +43,6 @@ def neighborhood_sum(
         logits, value = logits.to(dtype), value.to(dtype)
     if not launcher("neighborhood", "launch_sum").serves(logits, value, bias, kernels):
         return None
-    needs_grad = logits.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and needs_grad:
+    if learns(logits, value, bias):
         return _NeighborhoodSum.apply(logits, value, bias, kernels, softmax)
     return launcher("neighborhood", "launch_sum").forward(logits, value, bias, kernels, softmax)[0]

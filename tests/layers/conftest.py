@@ -1,0 +1,28 @@
+"""What tests of layers that call operators share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def where_kernels_run():
+    """New tensors lie on the GPU where there is one: its kernels take no others."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Names of a module's operators that ran, from the call on."""
+
+    def operators(module, *names):
+        ran = []
+
+        def recorder(name, run):
+            return lambda *args: ran.append(name) or run(*args)
+
+        for name in names:
+            monkeypatch.setattr(module, name, recorder(name, getattr(module, name)))
+        return ran
+
+    return operators
