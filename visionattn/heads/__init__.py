@@ -1,0 +1,1 @@
+"""Heads: modules that turn the maps of a backbone, or an image, into a task's output."""
