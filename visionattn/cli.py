@@ -257,7 +257,7 @@ def _add_benchmark(commands: Any) -> None:
         metavar="MODE",
         help="through torch.compile, in a mode like reduce-overhead",
     )
-    add("--cuda-graph", action="store_true", help="replay inference from a CUDA graph")
+    add("--cuda-graph", action="store_true", help="replay steps from a CUDA graph")
     add("--model-kwargs", type=_keyword, nargs="+", default=[], metavar="NAME=VALUE", help="arguments of every model")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     command.set_defaults(run=benchmark_command)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import assert_close, assert_golden, inputs, load_reference, published_weights
 
-from visionattn.layers import NeighborhoodAttention, WindowAttention, multi_head_attention
+from visionattn.layers import NeighborhoodAttention, WindowAttention, multi_head_attention, windows
+from visionattn.ops import use_backend
 
 
 def test_window_attention_equals_published():
@@ -32,6 +33,28 @@ def test_window_of_the_whole_map_is_full_attention(make):
     q, k, v = layer.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
     expected = layer.proj(multi_head_attention(q, k, v, 3)).view(2, 5, 5, 12)
     assert_close("output", expected, layer(x), 1e-12)
+
+
+@pytest.mark.parametrize("side", [4, 7])
+def test_kernels_read_windows_where_they_lie(where_kernels_run, watch, side):
+    pytest.importorskip("triton")
+    layer, x = WindowAttention(16, 2, side), torch.randn(2, 9, 7, 16)
+    weight = torch.randn(2, 9, 7, 16)
+    x.requires_grad_()
+
+    def results(backend, dtype):
+        with use_backend(backend):
+            out = layer.to(dtype)(x.to(dtype))
+            return [out, *torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])]
+
+    expected = results("eager", torch.float64)
+    cut = watch(windows, "split_windows")
+    actual = results("triton", torch.float32)
+    assert not cut
+    for i, (e, a) in enumerate(zip(expected, actual, strict=True)):
+        assert_close(str(i), e, a, 2e-5)
+    with use_backend("triton"), torch.no_grad():
+        assert_close("inference", expected[0], layer(x), 2e-5)
 
 
 def test_windows_do_not_see_each_other():

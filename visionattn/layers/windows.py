@@ -5,8 +5,17 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.layers.channels_last import channels_innermost
-from visionattn.ops import crop, depthwise_conv, join_windows, pad_to_multiple, split_windows
+from visionattn.layers.channels_last import channels_innermost, project
+from visionattn.ops import (
+    crop,
+    depthwise_conv,
+    join_windows,
+    neighborhood_attention,
+    pad_to_multiple,
+    split_windows,
+)
+from visionattn.ops._dispatch import use_triton
+from visionattn.ops.neighborhood.packed import packed_attention
 
 
 def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -69,9 +78,24 @@ class WindowAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.window_size)
         B, H, W = x.shape[:3]
+        if not torch.jit.is_scripting():  # noqa: SIM102 - what TorchScript must not see has to be a block of its own
+            if use_triton(x):
+                return project(self.proj, crop(self._in_place(x), height, width))
         q, k, v = self.qkv(split_windows(x, self.window_size)).chunk(3, dim=-1)
         out = join_windows(multi_head_attention(q, k, v, self.num_heads), self.window_size, B, H, W)
         return self.proj(crop(out, height, width))
+
+    @torch.jit.unused
+    def _in_place(self, x: Tensor) -> Tensor:
+        """Attention by kernels that read windows where they lie in the map: no cutting, no joining."""
+        side, (B, H, W, C) = self.window_size, x.shape
+        qkv, head_dim = project(self.qkv, x), C // self.num_heads
+        whole: tuple[list[int], list[int]] = ([side, side], [1, 1])
+        out = packed_attention(qkv, None, self.num_heads, *whole, float(head_dim) ** -0.5, [side, side])
+        if out is None:
+            q, k, v = qkv.view(B, H, W, 3, self.num_heads, head_dim).unbind(3)
+            out = neighborhood_attention(q, k, v, side, stride=side).view(B, H, W, C)
+        return out
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}"

@@ -46,11 +46,11 @@ class Settings:
         autocast: Keep the weights in float32 and let autocast choose; else weights and images have ``dtype``.
         channels_last: Memory format of weights and images; by default only on a CUDA device.
         compile: Mode of ``torch.compile``, of ``COMPILE_MODES``, for each size anew; not compiled without one.
-        cuda_graph: Replay inference from a CUDA graph.
+        cuda_graph: Replay steps from a CUDA graph, those of training with their backward pass and optimizer.
         model_kwargs: Further arguments of every model.
 
     Raises:
-        ValueError: An unknown mode, a number that is not positive, no CUDA device, or a graph where there is none.
+        ValueError: An unknown mode, a number that is not positive, no CUDA device, or a graph without one.
     """
 
     modes: tuple[str, ...] = ("inference",)
@@ -74,8 +74,8 @@ class Settings:
             raise ValueError(f"compile={self.compile!r} is not a mode of torch.compile; use {', '.join(COMPILE_MODES)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch sees no CUDA device; use --device cpu")
-        if self.cuda_graph and (self.device != "cuda" or "training" in self.modes):
-            raise ValueError("--cuda-graph needs --device cuda and other modes than training; leave it out")
+        if self.cuda_graph and self.device != "cuda":
+            raise ValueError("--cuda-graph needs --device cuda; leave it out")
         if self.channels_last is None:
             object.__setattr__(self, "channels_last", self.device == "cuda")
 
@@ -126,7 +126,8 @@ def _step(model: Any, mode: str, images: Tensor, settings: Settings) -> Callable
 
     if mode != "training":
         return infer
-    optimizer = torch.optim.AdamW(model.parameters(), fused=settings.device == "cuda")
+    cuda = settings.device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), fused=cuda, capturable=settings.cuda_graph)
     labels = torch.randint(model.num_classes, (len(images),), device=settings.device)
 
     def train() -> None:

@@ -23,13 +23,20 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, bias: Tensor | None, heads: int, kernel: list[int], dilation: list[int], scale: float
+        ctx: Any,
+        qkv: Tensor,
+        bias: Tensor | None,
+        heads: int,
+        kernel: list[int],
+        dilation: list[int],
+        scale: float,
+        stride: list[int],
     ) -> Tensor:
-        out, lse = launcher("neighborhood").forward(*_parts(qkv, heads), bias, kernel, dilation, scale)
+        out, lse = launcher("neighborhood").forward(*_parts(qkv, heads), bias, kernel, dilation, scale, stride)
         with torch._C._ExcludeDispatchKeyGuard(_VIEWS):  # a result of its own, not a view, so that changes are noticed
             out = out.view(*qkv.shape[:3], qkv.shape[3] // 3)
         ctx.save_for_backward(qkv, bias, out, lse)
-        ctx.rest = heads, kernel, dilation, scale
+        ctx.rest = heads, kernel, dilation, scale, stride
         return out
 
     @staticmethod
@@ -42,14 +49,20 @@ class _PackedAttention(torch.autograd.Function):
         grad, out = grad.contiguous().view(query.shape), out.view(query.shape)
         run, grads = launcher("neighborhood").backward, _parts(dqkv, heads)
         *_, dbias = run(grad, None, query, key, value, bias, out, lse, *rest, bias_grad=wanted, grads=grads)
-        return dqkv, dbias, None, None, None, None
+        return dqkv, dbias, None, None, None, None, None
 
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def packed_attention(
-    qkv: Tensor, bias: Tensor | None, heads: int, kernel: list[int], dilation: list[int], scale: float
+    qkv: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    kernel: list[int],
+    dilation: list[int],
+    scale: float,
+    stride: list[int] | None = None,
 ) -> Tensor | None:
     """``neighborhood_attention`` of the thirds of a packed projection, for training.
 
@@ -60,6 +73,7 @@ def packed_attention(
         kernel: Height and width of the window.
         dilation: Distance of a window's neighbouring pixels along both axes.
         scale: Factor on the dot products.
+        stride: Neighbouring pixels that share a window, along both axes; 1 by default.
 
     Returns:
         ``[B, H, W, C]``, or None where this way is not open: no kernels, no gradient, or somebody watches the calls.
@@ -72,4 +86,4 @@ def packed_attention(
         return None
     if not launcher("neighborhood").serves(*_parts(qkv, heads), bias, kernel):
         return None
-    return _PackedAttention.apply(qkv, bias, heads, kernel, dilation, scale)
+    return _PackedAttention.apply(qkv, bias, heads, kernel, dilation, scale, stride or [1, 1])
