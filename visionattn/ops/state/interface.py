@@ -83,9 +83,9 @@ def state_attention(
         key: The same shape and dtype.
         value: The same shape and dtype.
         mode: ``"linear"`` or ``"channel_softmax"``.
-        rotation: Cosines and sines ``[H, W, heads * head_dim / 2]`` of the angles by which the channels ``(2i, 2i + 1)``
-            of all heads together are turned as complex numbers, as from ``rotation_table``; the normaliser takes
-            features that are not turned. Gets no gradient. Only for ``"linear"``.
+        rotation: Cosines and sines ``[H, W, heads * head_dim / 2]`` of the angles by which channels ``(2i, 2i + 1)`` of
+            all heads together are turned as complex numbers, as from ``rotation_table``; the normaliser takes features
+            that are not turned. Gets no gradient. Only for ``"linear"``.
         scale: Of the scores of ``"channel_softmax"``; ``head_dim ** -0.5`` if None.
         eps: Added to the normaliser of ``"linear"``.
 

@@ -57,14 +57,17 @@ def sum_heads(x, BN: tl.constexpr, BC: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def product(x, y, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """Matrix product in float32, of operands rounded to bfloat16 where ``HALF``."""
+    return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16)) if HALF else tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
 def diagonal(block, heads, D: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, TURNED: tl.constexpr):
     """Offsets and mask of a program's states ``[heads, D, D]`` as a matrix with blocks on its diagonal."""
     head, inner, ok = block_channels(block, heads, D, DP, BC)
     rows, columns = (head * D * D)[:, None], inner[None, :]
-    if TURNED:
-        offsets = rows + columns * D + inner[:, None]
-    else:
-        offsets = rows + inner[:, None] * D + columns
+    offsets = rows + columns * D + inner[:, None] if TURNED else rows + inner[:, None] * D + columns
     return offsets, ok[:, None] & ok[None, :] & (head[:, None] == head[None, :])
 
 
@@ -75,7 +78,7 @@ def state_kernel(
     D: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
     SOFTMAX: tl.constexpr, ROTATED: tl.constexpr, DENSE: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``k^T v`` and the sum of ``phi(k)`` over a stretch of pixels, into ``[B, splits, heads, D, D]`` and ``[..., D]``."""
+    """``k^T v`` and the sum of ``phi(k)`` over a stretch of pixels, ``[B, splits, heads, D, D]`` and ``[..., D]``."""
     pid = tl.program_id(0)
     block, split, b = pid % blocks, (pid // blocks) % splits, pid // (blocks * splits)
     head, inner, ok = block_channels(block, heads, D, DP, BC)
@@ -99,10 +102,7 @@ def state_kernel(
                 cos = load_table(cos_ptr, n, N, block, heads, D, DP, BC)
                 sin = load_table(sin_ptr, n, N, block, heads, D, DP, BC)
                 k = turn(k, cos, sin, BN, BC)
-        if HALF:
-            state = tl.dot(tl.trans(k.to(tl.bfloat16)), v.to(tl.bfloat16), state)
-        else:
-            state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
+        state += product(tl.trans(k), v, HALF, PRECISION)
     offsets, same = diagonal(block, heads, D, DP, BC, False)
     place = (b * splits + split).to(tl.int64) * heads * D
     tl.store(partial_ptr + place * D + offsets, state, mask=same)
@@ -183,9 +183,6 @@ def output_kernel(
                 sin = load_table(sin_ptr, n, N, block, heads, D, DP, BC)
                 q = turn(q, cos, sin, BN, BC)
             q *= z
-        if HALF:
-            out = tl.dot(q.to(tl.bfloat16), state.to(tl.bfloat16))
-        else:
-            out = tl.dot(q, state, input_precision=PRECISION)
+        out = product(q, state, HALF, PRECISION)
         places = n[:, None] * (heads * D) + columns[None, :]
         tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -14,6 +14,7 @@ from visionattn.ops.state.kernels_state import (
     features,
     load_rows,
     load_table,
+    product,
     sum_heads,
     turn,
 )
@@ -48,15 +49,9 @@ def query_grad_kernel(
         mask = (n < N)[:, None] & ok[None, :]
         x = load_rows(query_ptr, n, W, q_row, q_col, q_columns, mask)
         g = load_rows(grad_ptr, n, W, g_row, g_col, g_columns, mask)
-        if HALF:
-            dq = tl.dot(g.to(tl.bfloat16), state.to(tl.bfloat16))
-        else:
-            dq = tl.dot(g, state, input_precision=PRECISION)
+        dq = product(g, state, HALF, PRECISION)
         if SOFTMAX:
-            if HALF:
-                dstate = tl.dot(tl.trans(g.to(tl.bfloat16)), x.to(tl.bfloat16), dstate)
-            else:
-                dstate = tl.dot(tl.trans(g), x, dstate, input_precision=PRECISION)
+            dstate += product(tl.trans(g), x, HALF, PRECISION)
         else:
             q = features(x)
             z = 1 / (sum_heads(q * norm[None, :], BN, BC, DP) + eps)
@@ -72,10 +67,7 @@ def query_grad_kernel(
                 dq = turn(dq, cos, -sin, BN, BC)
             total += tl.sum(tl.where(mask, dz * q, 0.0), 0)
             dq = (dq + dz * norm[None, :]) * tl.minimum(q, 1.0)
-            if HALF:
-                dstate = tl.dot(tl.trans(turned.to(tl.bfloat16)), g.to(tl.bfloat16), dstate)
-            else:
-                dstate = tl.dot(tl.trans(turned), g, dstate, input_precision=PRECISION)
+            dstate += product(tl.trans(turned), g, HALF, PRECISION)
         places = n[:, None] * (heads * D) + columns[None, :]
         tl.store(dquery_ptr + places, dq.to(dquery_ptr.dtype.element_ty), mask=mask)
     offsets, same = diagonal(block, heads, D, DP, BC, False)
@@ -117,10 +109,7 @@ def key_grad_kernel(
         mask = (n < N)[:, None] & ok[None, :]
         k = load_rows(key_ptr, n, W, k_row, k_col, k_columns, mask)
         v = load_rows(value_ptr, n, W, v_row, v_col, v_columns, mask)
-        if HALF:
-            dk = tl.dot(v.to(tl.bfloat16), flipped.to(tl.bfloat16))
-        else:
-            dk = tl.dot(v, flipped, input_precision=PRECISION)
+        dk = product(v, flipped, HALF, PRECISION)
         if not SOFTMAX:
             k = features(k)
             if ROTATED:
@@ -130,10 +119,7 @@ def key_grad_kernel(
             dk = (dk + dnorm[None, :]) * tl.minimum(k, 1.0)
             if ROTATED:
                 k = turn(k, cos, sin, BN, BC)
-        if HALF:
-            dv = tl.dot(k.to(tl.bfloat16), dstate.to(tl.bfloat16))
-        else:
-            dv = tl.dot(k, dstate, input_precision=PRECISION)
+        dv = product(k, dstate, HALF, PRECISION)
         places = n[:, None] * (heads * D) + columns[None, :]
         tl.store(dkey_ptr + places, dk.to(dkey_ptr.dtype.element_ty), mask=mask)
         tl.store(dvalue_ptr + places, dv.to(dvalue_ptr.dtype.element_ty), mask=mask)

@@ -11,7 +11,7 @@ from visionattn.ops._dispatch import KERNEL_DTYPES
 from visionattn.ops._launch import Launch, Plans, channels_inside, layout
 from visionattn.ops.state import kernels_state, kernels_state_grads
 
-MAX_DIM = 128
+MAX_DIM, MAX_WIDE = 128, 64  # channels of a head; of one whose states a program holds in float32
 COLUMNS = 64  # of a program, where heads are no wider
 TILE = 4096  # values of a tensor that a program holds at once
 PROGRAMS = 1056  # wanted at least: eight for each of 132 processors
@@ -30,7 +30,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None) -> boo
     return (
         query.dtype in KERNEL_DTYPES
         and query.dtype == key.dtype == value.dtype
-        and 2 <= query.shape[4] <= MAX_DIM
+        and 2 <= query.shape[4] <= (MAX_DIM if query.dtype == torch.bfloat16 else MAX_WIDE)
         and (cos is None or query.shape[4] % 2 == 0)
         and query.numel() > 0
         and max(_extent(query), _extent(key), _extent(value), math.prod(query.shape[1:])) < 2**31
@@ -77,8 +77,9 @@ class _Shape:
         constants = {name: (self.constants | {"DENSE": dense})[name] for name in kernel.arg_names[-9:]}
         strides = (s for x in tensors for s in x.stride()[:4])
         integers = (*strides, self.N, self.W, self.heads, self.splits, self.chunk, self.blocks)
-        warps = 8 if self.columns > COLUMNS else 4
-        return Launch(kernel, (self.B * self.splits * self.blocks,), integers, constants, num_warps=warps)
+        grid, wide = (self.B * self.splits * self.blocks,), self.columns > COLUMNS
+        # states of wide heads take the shared memory that a pipeline of loads would
+        return Launch(kernel, grid, integers, constants, num_warps=8 if wide else 4, num_stages=1 if wide else 2)
 
     def finish(self, mode: int) -> Launch:
         """The sum over stretches."""
