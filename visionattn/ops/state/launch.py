@@ -12,8 +12,8 @@ from visionattn.ops._launch import Launch, Plans, channels_inside, layout
 from visionattn.ops.state import kernels_state, kernels_state_grads
 
 MAX_DIM, MAX_WIDE = 128, 64  # channels of a head; of one whose states a program holds in float32
-COLUMNS = 64  # of a program, where heads are no wider
-TILE = 4096  # values of a tensor that a program holds at once
+COLUMNS = 32  # of a program, where heads are no wider
+TILE = 2048  # values of a tensor that a program holds at once
 PROGRAMS = 1056  # wanted at least: eight for each of 132 processors
 FINISH = 2048  # values that a program of the sum over stretches holds
 
@@ -77,7 +77,7 @@ class _Shape:
         constants = {name: (self.constants | {"DENSE": dense})[name] for name in kernel.arg_names[-9:]}
         strides = (s for x in tensors for s in x.stride()[:4])
         integers = (*strides, self.N, self.W, self.heads, self.splits, self.chunk, self.blocks)
-        grid, wide = (self.B * self.splits * self.blocks,), self.columns > COLUMNS
+        grid, wide = (self.B * self.splits * self.blocks,), self.columns > 64
         # states of wide heads take the shared memory that a pipeline of loads would
         return Launch(kernel, grid, integers, constants, num_warps=8 if wide else 4, num_stages=1 if wide else 2)
 
