@@ -212,7 +212,7 @@ def _keyword(text: str) -> tuple[str, Any]:
         return name, value
 
 
-_OPERATORS = ("routed_attention", "neighborhood_attention", "neighborhood_sum")
+_OPERATORS = ("routed_attention", "neighborhood_attention", "neighborhood_sum", "state_attention")
 _SHAPES_HELP = (
     "with --ops: networks for the calls of the published networks, of the neighbourhood operators, "
     "windows for those of DaViT, of neighborhood_attention"

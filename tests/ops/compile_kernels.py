@@ -19,6 +19,7 @@ from visionattn.ops.neighborhood import launch as neighborhood
 from visionattn.ops.neighborhood import launch_sum as neighborhood_sum
 from visionattn.ops.norm import launch as norm
 from visionattn.ops.routing import launch
+from visionattn.ops.state import launch as state
 
 found = {}
 KINDS = {
@@ -160,6 +161,24 @@ def neighborhood_sums():
         neighborhood_sum.backward(out, None, logits, value, bias, out, lse, kernels, softmax)
 
 
+def states():
+    """HER-Seg's linear attention, DaViT's attention between channels, and heads of other widths."""
+    for side, heads, d, dtype, rotated, softmax in (
+        (64, 12, 16, torch.bfloat16, True, False),
+        (64, 24, 4, torch.bfloat16, True, False),
+        (28, 6, 32, torch.bfloat16, False, True),
+        (9, 3, 10, torch.float16, True, False),
+        (9, 2, 128, torch.bfloat16, True, False),
+        (9, 2, 64, torch.float32, True, False),
+        (9, 2, 40, torch.float16, False, True),
+    ):
+        q, k, v = (torch.empty(16, side, side, heads, d, dtype=dtype) for _ in range(3))
+        table = torch.empty(side, side, heads * d // 2) if rotated else None
+        rest = 0.1, 1e-6, softmax
+        out, kept, norm = state.forward(q, k, v, table, table, *rest)
+        state.backward(out, q, k, v, table, table, kept, norm, *rest)
+
+
 def large_convolutions(capability):
     """Merged and dilated convolutions as OverLoCK has them, and one of a map whose row strides are not known.
 
@@ -202,6 +221,7 @@ def run(capability):
     depthwise_convolutions()
     linear_layers()
     neighborhood_sums()
+    states()
     large_convolutions(capability)
     branches(capability)
 

@@ -27,7 +27,9 @@ from visionattn.ops import (
     neighborhood_attention,
     neighborhood_sum,
     region_mean,
+    rotation_table,
     routed_attention,
+    state_attention,
     topk_regions,
     use_backend,
 )
@@ -178,6 +180,16 @@ def sums(
     return [out, *torch.autograd.grad(out.float().sin().sum(), (logits, value, *biases))]
 
 
+def states(
+    dtype: torch.dtype, size: tuple[int, int, int], heads: int, d: int, rotated: bool, mode: str = "linear"
+) -> list[torch.Tensor]:
+    """Attention through a state, on slices of a packed projection."""
+    qkv = leaf(*size, 3, heads, d, dtype=dtype)
+    rotation = rotation_table(*size[1:], heads * d, device=DEVICE) if rotated else None
+    out = state_attention(*qkv.unbind(3), mode=mode, rotation=rotation)
+    return [out, *torch.autograd.grad(out.float().sin().sum(), (qkv,))]
+
+
 OTHERS = {
     "norm": lambda: norms(HALF, 2, 5, 64),
     "norm, ragged": lambda: norms(FULL, 3, 33),
@@ -205,6 +217,11 @@ OTHERS = {
     "window sums": lambda: sums(HALF, (2, 7, 7), 2, 16, [3, 5], True),
     "window sums, ragged": lambda: sums(FULL, (1, 5, 9), 1, 10, [3, 5], True),
     "window sums, no softmax": lambda: sums(FULL, (1, 6, 5), 2, 7, [3], False),
+    "state": lambda: states(HALF, (2, 8, 8), 4, 16, True),
+    "state, ragged": lambda: states(FULL, (1, 9, 15), 3, 12, True),
+    "state, small heads": lambda: states(HALF, (2, 7, 7), 6, 4, True),
+    "state, channels": lambda: states(HALF, (2, 7, 7), 3, 32, False, "channel_softmax"),
+    "state, channels, ragged": lambda: states(FULL, (1, 13, 11), 1, 7, False, "channel_softmax"),
 }
 
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from visionattn.layers import ResidualDepthwiseConv, WindowAttention
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys
-from visionattn.ops import pad_to_multiple
+from visionattn.ops import pad_to_multiple, state_attention
 
 
+@register_notrace_module  # a leaf for torch.fx: the operator's argument checks are not traceable
 class ChannelAttention(nn.Module):
     """Attention between channels: keys and values of all pixels make a matrix for each head that mixes the queries.
 
@@ -54,11 +55,9 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, d]
-        mix = ((k * self.scale).transpose(2, 3) @ v).softmax(dim=-1)  # [B, heads, d, d]
-        out = q @ mix.transpose(2, 3)
-        return self.proj(out.transpose(1, 2).reshape(B, H, W, C))
+        q, k, v = self.qkv(x).reshape(B, H, W, 3, self.num_heads, C // self.num_heads).unbind(3)
+        out = state_attention(q, k, v, mode="channel_softmax", scale=self.scale)
+        return self.proj(out.reshape(B, H, W, C))
 
 
 class DaViTBlock(nn.Module):

@@ -8,6 +8,7 @@ from visionattn.ops.neighborhood import neighborhood_attention, neighborhood_sum
 from visionattn.ops.norm import add_layer_norm, layer_norm
 from visionattn.ops.padding import crop, pad_to_at_least, pad_to_multiple
 from visionattn.ops.routing import region_mean, routed_attention, topk_regions
+from visionattn.ops.state import rotation_table, state_attention
 from visionattn.ops.windows import join_windows, split_windows
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "pad_to_at_least",
     "pad_to_multiple",
     "region_mean",
+    "rotation_table",
     "routed_attention",
     "split_windows",
+    "state_attention",
     "topk_regions",
     "use_backend",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops import use_backend
-from visionattn.tasks import benchmark_neighborhood, benchmark_routing, benchmark_sum
+from visionattn.tasks import benchmark_neighborhood, benchmark_routing, benchmark_state, benchmark_sum
 from visionattn.tasks.benchmark_models import DTYPES
 from visionattn.tasks.operator_forms import Data, Form, Operator, check, generator
 from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
@@ -19,6 +19,7 @@ OPERATORS = {
     "routed_attention": benchmark_routing.OPERATOR,
     "neighborhood_attention": benchmark_neighborhood.OPERATOR,
     "neighborhood_sum": benchmark_sum.OPERATOR,
+    "state_attention": benchmark_state.OPERATOR,
 }
 _DEVICE = "cuda"
 _SLOW_MS, _ROUNDS_MS = 50.0, 1000.0  # from which a call is timed with few repetitions, and that its rounds may take
