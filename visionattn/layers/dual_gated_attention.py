@@ -11,7 +11,21 @@ from timm.layers import DropPath, Mlp, register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.layers.channels_last import add_normalize, convolve, normalize, project, transform
-from visionattn.ops import rotation_table, state_attention
+from visionattn.ops import state_attention
+
+
+def _angles(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """The angles of ``rotary_table``, ``[H, W, C / 2]``, in float64: one of 100 is off by 4e-6 in float32."""
+    count = channels // 4
+    rates = torch.pow(10000.0, -torch.arange(count, device=device, dtype=torch.float64) / count)
+    rows = torch.arange(height, device=device, dtype=torch.float64)[:, None, None] * rates
+    columns = torch.arange(width, device=device, dtype=torch.float64)[None, :, None] * rates
+    return torch.cat((rows.expand(-1, width, -1), columns.expand(height, -1, -1)), dim=-1)
+
+
+def _table(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = _angles(height, width, channels, device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @lru_cache(maxsize=32)
@@ -19,7 +33,7 @@ def _kept_table(
     height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # training may use the table that an evaluation made
-        return rotation_table(height, width, channels, device=device, dtype=dtype)
+        return _table(height, width, channels, device, dtype)
 
 
 def rotary_table(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,18 +58,7 @@ def rotary_table(x: Tensor) -> tuple[Tensor, Tensor]:
         or torch._C._are_functorch_transforms_active()
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-    if followed:
-        return rotation_table(x.shape[1], x.shape[2], x.shape[3], device=x.device, dtype=dtype)
-    return _kept_table(x.shape[1], x.shape[2], x.shape[3], x.device, dtype)
-
-
-def _angles(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """The angles of ``rotary_table``, ``[H, W, C / 2]``."""
-    count = channels // 4
-    rates = torch.pow(10000.0, -torch.arange(count, device=device, dtype=torch.float64) / count)
-    rows = torch.arange(height, device=device, dtype=torch.float64)[:, None, None] * rates
-    columns = torch.arange(width, device=device, dtype=torch.float64)[None, :, None] * rates
-    return torch.cat((rows.expand(-1, width, -1), columns.expand(height, -1, -1)), dim=-1)
+    return (_table if followed else _kept_table)(x.shape[1], x.shape[2], x.shape[3], x.device, dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -65,8 +68,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the operator does, for TorchScript, which knows neither keyword-only arguments nor kept tables."""
-    angles = _angles(q.shape[1], q.shape[2], q.shape[3] * q.shape[4], q.device)
-    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+    cos, sin = _table(q.shape[1], q.shape[2], q.shape[3] * q.shape[4], q.device, q.dtype)
     q, k = F.elu(q) + 1.0, F.elu(k) + 1.0
     divisor = (q * k.mean(dim=[1, 2], keepdim=True)).sum(dim=-1, keepdim=True) + 1e-6
     state = torch.einsum("bhwnc,bhwnd->bncd", _rotated(k, cos, sin), v) / float(k.shape[1] * k.shape[2])
