@@ -89,7 +89,9 @@ def test_block_runs_under_autocast_and_trains_every_parameter():
 
 def test_scripted_block_gives_the_same():
     block, x = DualGatedBlock(16, 2).eval(), torch.randn(2, 5, 3, 16)
-    assert_close("out", block(x), torch.jit.script(block)(x), 1e-5)
+    expected = block(x)
+    assert_close("out", expected, torch.jit.script(block)(x), 1e-5)
+    assert_close("half", expected, torch.jit.script(block.bfloat16())(x.bfloat16()), 1e-2)
 
 
 @pytest.mark.parametrize("dim, heads", [(18, 2), (16, 3), (16, 0)])

@@ -68,11 +68,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the operator does, for TorchScript, which knows neither keyword-only arguments nor kept tables."""
+    dtype = q.dtype
+    if dtype != torch.float64:  # sums over a map are in float32 at least
+        q, k, v = q.float(), k.float(), v.float()
     cos, sin = _table(q.shape[1], q.shape[2], q.shape[3] * q.shape[4], q.device, q.dtype)
     q, k = F.elu(q) + 1.0, F.elu(k) + 1.0
     divisor = (q * k.mean(dim=[1, 2], keepdim=True)).sum(dim=-1, keepdim=True) + 1e-6
     state = torch.einsum("bhwnc,bhwnd->bncd", _rotated(k, cos, sin), v) / float(k.shape[1] * k.shape[2])
-    return torch.einsum("bhwnc,bncd->bhwnd", _rotated(q, cos, sin), state) / divisor
+    return (torch.einsum("bhwnc,bncd->bhwnd", _rotated(q, cos, sin), state) / divisor).to(dtype)
 
 
 @register_notrace_module  # a leaf for torch.fx: the operators' argument checks are not traceable
