@@ -13,6 +13,7 @@ TOOL = Path(__file__).parent.parent / "contract" / "timm_contract.py"
 VARIANTS = [
     "biformer_t",
     "davit_t",
+    "lgvit_d96",
     "litv2_s",
     "nat_mini",
     "overlock_xt",

@@ -16,7 +16,7 @@ import visionattn
 NAMES = visionattn.list_models()
 GOLDEN = {row["name"]: row for row in csv.DictReader((Path(__file__).parent / "golden.csv").open())}
 EVERY_MODEL = pytest.mark.parametrize("name", NAMES)
-ISOTROPIC = ("activator", "ninformer")
+ISOTROPIC = ("activator", "lgvit", "ninformer")
 EVERY_PYRAMID = pytest.mark.parametrize(
     "name", [name for name in NAMES if not name.removeprefix("test_").startswith(ISOTROPIC)]
 )

@@ -14,6 +14,7 @@ from visionattn.layers.channels_last import (
 from visionattn.layers.context_mixing import ContextMixing
 from visionattn.layers.deformable_patches import DeformablePatches
 from visionattn.layers.dilated_reparam import DilatedReparamConv
+from visionattn.layers.dual_gated_attention import DualGatedAttention, DualGatedBlock
 from visionattn.layers.hilo_attention import HiLoAttention
 from visionattn.layers.neighborhood_attention import NeighborhoodAttention
 from visionattn.layers.routing_attention import RoutingAttention
@@ -29,6 +30,8 @@ __all__ = [
     "ContextMixing",
     "DeformablePatches",
     "DilatedReparamConv",
+    "DualGatedAttention",
+    "DualGatedBlock",
     "HiLoAttention",
     "MapSequential",
     "NeighborhoodAttention",

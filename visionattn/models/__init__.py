@@ -1,5 +1,5 @@
 """The backbones, one family per file; importing this package registers them with timm."""
 
-from visionattn.models import activator, biformer, davit, litv2, nat, ninformer, overlock, patnet
+from visionattn.models import activator, biformer, davit, lgvit, litv2, nat, ninformer, overlock, patnet
 
-__all__ = ["activator", "biformer", "davit", "litv2", "nat", "ninformer", "overlock", "patnet"]
+__all__ = ["activator", "biformer", "davit", "lgvit", "litv2", "nat", "ninformer", "overlock", "patnet"]
