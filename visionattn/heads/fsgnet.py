@@ -81,11 +81,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv2(self.conv1(self.norm(self.dwconv(x))).relu())
-        return (
-            torch.addcmul(x, self.dropblock(branch), scale)
-            if x.dtype == branch.dtype
-            else (x + self.dropblock(branch) * scale)
-        )
+        # a factor in float32 would make autocast widen the whole map
+        return torch.addcmul(x, self.dropblock(branch), self.gamma.to(branch.dtype)[:, None, None])
 
 
 class FSGNetEncoder(nn.Module):
@@ -128,8 +125,8 @@ class BackboneEncoder(nn.Module):
 
     At strides 1, 2 and 4 half of a skip's channels come from the image, as in FSG-Net (a 3x3 convolution of it,
     resized); the other half at stride 1 from a second 3x3 convolution, at strides 2 and 4 from a 1x1 convolution of the
-    backbone's map of that stride. The bottom is the sum of 1x1 convolutions of all deeper maps. A map that does not have
-    the size wanted is resized; where a backbone begins at a larger stride its first map serves.
+    backbone's map of that stride. The bottom is the sum of 1x1 convolutions of all deeper maps. Maps of another size
+    than wanted are resized; where a backbone begins at a larger stride its first map serves.
 
     Args:
         backbone: A name in timm.
@@ -245,7 +242,7 @@ class FSGNet(_VesselNet):
         """Load a checkpoint with the published names.
 
         Args:
-            path: ``.pth`` or ``.safetensors``; a state dict may lie under ``model_state_dict``, ``state_dict`` or ``model``.
+            path: ``.pth`` or ``.safetensors``: a state dict, or under ``model_state_dict``, ``state_dict``, ``model``.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -340,7 +337,7 @@ class FSGNetDecoder(_VesselNet):
 def multiscale_dice_bce(outputs: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
     """FSG-Net's loss: the mean over the outputs of binary cross-entropy plus the Dice loss of the whole batch.
 
-    ``BCE + 1 - (2 sum(p y) + 1) / (sum p + sum y + 1)`` with ``p = sigmoid(logits)``, sums over all pixels of the batch.
+    ``BCE + 1 - (2 sum(p y) + 1) / (sum p + sum y + 1)``, ``p = sigmoid(logits)``, sums over the whole batch.
 
     Args:
         outputs: Logits ``[B, C, H, W]``, one or several.

@@ -1,6 +1,7 @@
 """The guided decoder of FSG-Net for any maps at strides 1, 2, 4 and 8, and the parts that its encoder shares.
 
-Paper: arXiv:2501.18921. Code: ZombaSY/FSG-Net-pytorch, ``models/backbones/FSGNet.py``. Modules have the published names.
+Paper: arXiv:2501.18921. Code: ZombaSY/FSG-Net-pytorch, ``models/backbones/FSGNet.py``. Modules have the
+published names.
 """
 
 from collections.abc import Sequence

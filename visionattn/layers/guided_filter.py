@@ -1,8 +1,8 @@
 """Guided filter whose local linear model is weighted by an attention map.
 
-The filter of FSG-Net (arXiv:2501.18921; code ZombaSY/FSG-Net-pytorch, ``models/backbones/FSGNet.py``), after the guided
-filter of He, Sun and Tang and its fast form (arXiv:1505.00996): coefficients of ``output = K * guide + O`` are fitted on
-small maps, smoothed, enlarged and applied to the large guide.
+The filter of FSG-Net (arXiv:2501.18921; code ZombaSY/FSG-Net-pytorch, ``models/backbones/FSGNet.py``), after the
+guided filter of He, Sun and Tang and its fast form (arXiv:1505.00996): coefficients of ``output = K * guide + O`` are
+fitted on small maps, smoothed, enlarged and applied to the large guide.
 """
 
 import torch
@@ -42,8 +42,8 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
 class AttentionGuidedFilter(nn.Module):
     """Attention-guided filter: what ``coarse`` says, with the edges of ``guide``.
 
-    With ``a = |A| + 1e-12``, ``t = a / sum(a)``, ``m(.)`` the mean of a clipped window and ``N`` its pixels, for the small
-    guide ``L`` and the coarse map ``Y``::
+    With ``a = |A| + 1e-12``, ``t = a / sum(a)``, ``m(.)`` the mean of a clipped window and ``N`` its pixels, for the
+    small guide ``L`` and the coarse map ``Y``::
 
         K = (m(a^2 L Y) - N m(t a L) m(a Y)) / (|m(a^2 L^2) - N m(t a L) m(a L)| + eps)
         O = (m(a Y) - K m(a L)) / m(a)
