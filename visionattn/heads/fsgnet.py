@@ -145,12 +145,13 @@ class BackboneEncoder(nn.Module):
     def __init__(self, backbone: str, base_c: int, in_chans: int = 3, pretrained: bool = False, **kwargs: Any):
         super().__init__()
         try:
-            self.backbone: Any = timm.create_model(
+            network: Any = timm.create_model(
                 backbone, pretrained=pretrained, features_only=True, in_chans=in_chans, **kwargs
             )
         except (AttributeError, NotImplementedError) as error:
             raise ValueError(f"backbone={backbone!r} gives no maps (features_only: {error}); take another") from error
-        strides, dims = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
+        self.backbone = network
+        strides, dims = network.feature_info.reduction(), network.feature_info.channels()
         # for each stride the deepest map that is not coarser, or else the first
         self.sources = [max([i for i, s in enumerate(strides) if s <= stride], default=0) for stride in (2, 4)]
         self.deep = [i for i, stride in enumerate(strides) if stride >= 8] or [len(strides) - 1]
