@@ -10,12 +10,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionattn.heads._backbones import create_backbone
 from visionattn.heads.guided_decoder import ConvNormAct, GuidedDecoder, PlainDecoder
 from visionattn.layers.guided_filter import resize
 
@@ -61,7 +61,7 @@ class DropBlock(nn.Module):
         keep = F.avg_pool2d(seeds, (1, block), 1, (0, rim)) == 0
         # in float32: a half-precision count of many pixels is none; at least one pixel, or 0 / 0
         share = keep.mean(dtype=torch.float32).clamp(min=1 / keep.numel())
-        return keep.to(x.dtype) / share.to(x.dtype)
+        return keep.to(x.dtype) / share
 
     def extra_repr(self) -> str:
         return f"p={self.p}, block_size={self.block_size}"
@@ -139,15 +139,13 @@ class BackboneEncoder(nn.Module):
         As ``FSGNetEncoder``.
 
     Raises:
-        ValueError: The backbone gives no maps.
+        ValueError: timm has no such backbone, or it gives no maps.
     """
 
     def __init__(self, backbone: str, base_c: int, in_chans: int = 3, pretrained: bool = False, **kwargs: Any):
         super().__init__()
         try:
-            network: Any = timm.create_model(
-                backbone, pretrained=pretrained, features_only=True, in_chans=in_chans, **kwargs
-            )
+            network = create_backbone(backbone, pretrained=pretrained, features_only=True, in_chans=in_chans, **kwargs)
         except (AttributeError, NotImplementedError) as error:
             raise ValueError(f"backbone={backbone!r} gives no maps (features_only: {error}); take another") from error
         self.backbone = network
@@ -312,7 +310,7 @@ class FSGNetDecoder(_VesselNet):
         As ``FSGNet``; a backbone may ask for larger images or for certain sizes.
 
     Raises:
-        ValueError: As ``FSGNet``, or the backbone gives no maps.
+        ValueError: As ``FSGNet``, or timm has no such backbone, or it gives no maps.
     """
 
     def __init__(

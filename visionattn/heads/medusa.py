@@ -12,10 +12,11 @@ figures do not apply to it.
 from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from visionattn.heads._backbones import create_backbone
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -116,10 +117,11 @@ class StageGate(nn.Module):
     def forward(self, features: Tensor, shared: Tensor) -> Tensor:
         last = features.shape[1] != self.features and features.shape[-1] == self.features  # [B, H, W, C]
         x = features.permute(0, 3, 1, 2) if last else features
-        # not every device resizes half precision with antialiasing
-        shared = shared.to(torch.promote_types(shared.dtype, torch.float32))
-        shared = F.interpolate(shared, size=x.shape[2:], mode="bilinear", antialias=True)
-        gate = self.conv(shared.to(self.conv.weight.dtype)).tanh()
+        # means first: plain resizing would look at few pixels of a much larger map, and the gradient of resizing with
+        # antialiasing has no deterministic form on a GPU
+        if (factor := min(shared.shape[2] // x.shape[2], shared.shape[3] // x.shape[3])) > 1:
+            shared = F.avg_pool2d(shared, factor)
+        gate = self.conv(F.interpolate(shared, size=x.shape[2:], mode="bilinear")).tanh()
         x = torch.addcmul(x, x, gate.to(x.dtype))
         return x.permute(0, 2, 3, 1) if last else x
 
@@ -165,7 +167,8 @@ class Medusa(nn.Module):
         returns: Logits ``[B, num_classes]``.
 
     Raises:
-        ValueError: A backbone without stages, stages that it has not, or whose output is no map.
+        ValueError: A backbone that timm does not have or that names no stages, stages that it has not, or whose output
+            is no map.
     """
 
     def __init__(
@@ -183,7 +186,7 @@ class Medusa(nn.Module):
         **kwargs: Any,
     ):
         super().__init__()
-        self.backbone: Any = timm.create_model(
+        self.backbone: Any = create_backbone(
             backbone, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
         )
         info = list(getattr(self.backbone, "feature_info", None) or [])
