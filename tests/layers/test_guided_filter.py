@@ -25,6 +25,33 @@ def test_equals_published_filter():
     assert_golden("box", stored["boxfilter_lr_x"], box_mean(given[1], 2) * pixels)
 
 
+def windows(x):
+    """Sums over clipped windows of 5, one by one."""
+    out = torch.zeros_like(x)
+    for i in range(x.shape[2]):
+        for j in range(x.shape[3]):
+            out[..., i, j] = x[..., max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3].sum(dim=(2, 3))
+    return out
+
+
+def test_equals_sums_over_windows():
+    guide, coarse = torch.randn(2, 2, 3, 6, 7, dtype=torch.float64)
+    attention = torch.rand(2, 1, 6, 7, dtype=torch.float64)
+    # two pixels with attention, so that the "variance" of one image is negative somewhere
+    attention[0], guide[0] = 0, 0
+    attention[0, :, 2, 2], guide[0, :, 2, 2] = 1, 1
+    attention[0, :, 2, 3], guide[0, :, 2, 3] = 0.1, 5
+    a = attention + 1e-12
+    n, t = windows(torch.ones_like(a)), a / a.sum(dim=(1, 2, 3), keepdim=True)
+    share, mean_coarse, mean_guide = (windows(x) / n for x in (t * a * guide, a * coarse, a * guide))
+    variance = windows(a**2 * guide**2) / n - n * share * mean_guide
+    assert variance.min() < -1e-3
+    slope = (windows(a**2 * guide * coarse) / n - n * share * mean_coarse) / (variance.abs() + 0.01)
+    offset = (mean_coarse - slope * mean_guide) / (windows(a) / n)
+    expected = windows(slope) / n * guide + windows(offset) / n
+    assert_close("filter", expected, AttentionGuidedFilter()(guide, guide, coarse, attention), 1e-11)
+
+
 def test_an_image_by_itself_is_the_published_filter_of_one():
     given, stored = stored_inputs()
     each = [AttentionGuidedFilter(per="batch")(*(x[i : i + 1] for x in given)) for i in range(2)]
@@ -59,6 +86,10 @@ def test_precision_is_kept_under_autocast():
         out = AttentionGuidedFilter()(*given)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected.bfloat16())
+    single = [x.float() for x in given]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(AttentionGuidedFilter()(*single), expected)
+    assert not torch.equal(AttentionGuidedFilter()(*single), expected)  # in float64 otherwise
 
 
 def test_arguments_and_shapes_are_checked():
