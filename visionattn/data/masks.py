@@ -14,6 +14,7 @@ from visionattn.data.segmentation import IGNORE, Sample, SegmentationSource
 from visionattn.data.splits import check_split, group_names, split_groups
 
 Palette = Mapping[str, Sequence[int]]
+_BITS_PER_SAMPLE = 258  # a TIFF tag
 _READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError, EOFError, IndexError, KeyError)
 
 
@@ -40,6 +41,10 @@ def read_pixels(path: str | Path, in_chans: int = 3) -> np.ndarray:
         raise FileNotFoundError(f"no image at {path}")
     try:
         with Image.open(path) as image:
+            # PIL reduces colour of 16 bits to 8
+            bits = np.max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, 8))
+            if image.mode in ("RGB", "RGBA") and bits > 8:
+                raise OSError(f"{bits} bits in colour need the package tifffile")
             if not image.mode.startswith(("I", "F")):
                 return np.array(read_image(path, in_chans)).reshape(image.height, image.width, in_chans)
             pixels = np.asarray(image)
