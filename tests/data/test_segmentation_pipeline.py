@@ -1,5 +1,7 @@
 """Transforms of image and mask together, reproducible samples, batches."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +184,21 @@ def test_nuclei_name_the_extra(monkeypatch):
     monkeypatch.setattr("visionattn.data.nuclei.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"visionattn\[seg\]"):
         Nuclei()
+
+
+CONFIGS = ["nuclei", "masks", "drive", "chase", "stare", "hrf", "isic2018", "refuge", "dsb2018", "kvasir", "cvc", "herseg_split", "dicom", "nifti"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_fit_their_sources(name):
+    import inspect
+
+    from hydra.utils import get_class
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(Path(__file__).parents[2] / "configs" / "data" / f"{name}.yaml")
+    source = dict(OmegaConf.to_container(config.source, resolve=False))
+    parameters = inspect.signature(get_class(source.pop("_target_"))).parameters
+    assert set(source) <= set(parameters) - {"split"} and "in_chans" in source
+    SegmentationTransform(**config.transform)
+    assert (config.train_split, config.val_split, config.test_split) == ("train", "val", "test")
