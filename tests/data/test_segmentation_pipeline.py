@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from visionattn.data.layouts import LAYOUTS
 from visionattn.data.nuclei import Nuclei
 from visionattn.data.pipeline import EpochSampler
 from visionattn.data.segmentation import IGNORE, Sample
@@ -186,7 +187,7 @@ def test_nuclei_name_the_extra(monkeypatch):
         Nuclei()
 
 
-CONFIGS = ["nuclei", "masks", "drive", "chase", "stare", "hrf", "isic2018", "refuge", "dsb2018", "kvasir", "cvc", "herseg_split", "dicom", "nifti"]
+CONFIGS = ["nuclei", "masks", "herseg_split", "dicom", "nifti", *LAYOUTS]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
