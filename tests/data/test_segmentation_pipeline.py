@@ -138,6 +138,25 @@ def test_unreadable_samples_are_replaced_left_out_or_raised():
         SegmentationSamples(source, transform, on_error="stop")
 
 
+def test_unreadable_partner_is_replaced():
+    samples = SegmentationSamples(Squares(count=2, fault=1), SegmentationTransform("fsgnet", size=16), on_error="skip")
+    items = [samples[0, position, 0] for position in range(8)]
+    assert {item["name"] for item in items} == {"square_0"}
+    assert {tuple(item["skipped"]) for item in items} == {(), ("sample 1 is broken",)}
+
+
+@pytest.mark.parametrize("recipe", ["default", "fsgnet"])
+def test_floats_beyond_one_survive_training(recipe):
+    image = np.linspace(-100, 900, 64 * 64, dtype=np.float32).reshape(64, 64, 1)
+    sample = Sample(image, np.ones((64, 64), dtype=np.int64), "slice")
+    transform = SegmentationTransform(recipe, size=48, **PLAIN)
+    drawn = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        drawn.append(transform(sample, sample)["image"])
+    assert drawn[0].shape == (1, 48, 48) and max(image.max() for image in drawn) > 500
+
+
 def test_batch_of_two_sizes_is_refused():
     small = SegmentationTransform(size=16), SegmentationTransform(size=20)
     with pytest.raises(ValueError, match="2 shapes"):

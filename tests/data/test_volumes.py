@@ -92,6 +92,19 @@ def test_series_are_split_by_patient(tmp_path):
         DicomSlices(tmp_path)
 
 
+def test_patient_of_loose_files_is_read_from_them(tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number in range(12):
+        name, pixels = f"{number:02d}", np.zeros((4, 4), dtype=np.uint16)
+        write_dicom(tmp_path / "images" / f"{name}.dcm", pixels, PatientID=f"p{number // 3}")
+        Image.fromarray(np.uint8(pixels)).save(tmp_path / "masks" / f"{name}.png")
+    parts = [DicomSlices(tmp_path, split) for split in ("train", "val", "test")]
+    assert [{part[i].group for i in range(len(part))} for part in parts] != [set()] * 3
+    assert [len(part) for part in parts] == [6, 3, 3]
+    with pytest.raises(ValueError, match="split 'val' .* is empty"):
+        DicomSlices(tmp_path, "val", val=0)
+
+
 def write_nifti(path, values, zooms=(0.7, 0.8, 2.5)):
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(values, np.diag([*zooms, 1.0])), path)

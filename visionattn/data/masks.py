@@ -226,6 +226,26 @@ def split_folders(root: str | Path, split: str, images: str, masks: str) -> tupl
     )
 
 
+def numbers_of_split(
+    groups: Sequence[str], split: str, mixed: bool, folder: Path, shares: Mapping[str, Any]
+) -> Sequence[int]:
+    """Images of a folder that belong to a split: those that ``split_groups`` gives it, or all where it is the split.
+
+    Raises:
+        ValueError: Folds of images that are split already, an empty split, or what ``split_groups`` refuses.
+    """
+    if not mixed:
+        if shares["fold"] is not None or shares["folds"] is not None:
+            raise ValueError(f"folds need images that are not split yet, but {folder} is one split")
+        return range(len(groups))
+    numbers = split_groups(groups, **shares)[split]
+    if not numbers:
+        raise ValueError(
+            f"split {split!r} of {folder} is empty, since its share is {shares[split]}; raise data.source.{split}"
+        )
+    return numbers
+
+
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path], where: Path) -> list[tuple[str, Path, Path]]:
     """Stem, image and mask of each pair, by stem.
 
@@ -315,9 +335,8 @@ class MaskFolder:
         image_folder, mask_folder, mixed = split_folders(root, split, images, masks)
         pairs = pair_files(files_by_stem(image_folder), files_by_stem(mask_folder, mask_suffix), image_folder)
         groups = group_names([stem for stem, _, _ in pairs], group_pattern)
-        if (fold is not None or folds is not None) and not mixed:
-            raise ValueError(f"folds need images that are not split yet, but {image_folder} is one split")
-        kept = split_groups(groups, val, test, seed, fold, folds)[split] if mixed else range(len(pairs))
+        shares = dict(val=val, test=test, seed=seed, fold=fold, folds=folds)
+        kept = numbers_of_split(groups, split, mixed, image_folder, shares)
         self.samples = [(*pairs[i], groups[i]) for i in kept]
 
     def __len__(self) -> int:

@@ -48,7 +48,7 @@ def prepare(
     """
     if name not in LAYOUTS:
         near = get_close_matches(name, LAYOUTS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = f", did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"no published set {name!r}{hint} Known: {', '.join(LAYOUTS)}")
     paths, output = [Path(archive) for archive in archives], Path(output)
     if not paths:
@@ -118,7 +118,9 @@ def _match(
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             place = path.relative_to(folder).as_posix()
-            if not path.is_file() or not path.name.lower().endswith(EXTENSIONS) or "__MACOSX" in place:
+            if not path.is_file() or not path.name.lower().endswith(EXTENSIONS) or path.name.startswith("."):
+                continue
+            if "__MACOSX" in place:
                 continue
             # a field's or a mask's pattern may be a special case of an image's
             matches = [
@@ -132,7 +134,7 @@ def _match(
                 kind, match = matches[0]
                 part = match.groupdict().get("part")
                 found[kind].setdefault(f"{part}_{match['id']}" if part else match["id"], []).append(path)
-            elif not (ignored and ignored.match(place.lower())) and not path.name.startswith("."):
+            elif not (ignored and ignored.match(place.lower())):
                 surplus.append(place)
     if not found["image"]:
         raise FileNotFoundError(

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from visionattn.data.pipeline import ON_ERROR
 from visionattn.data.randomness import seed_from, seeded
-from visionattn.data.segmentation import SegmentationSource
+from visionattn.data.segmentation import Sample, SegmentationSource
 from visionattn.data.segmentation_transforms import SegmentationTransform
 
 Batch = dict[str, Any]
@@ -55,9 +55,7 @@ class SegmentationSamples(Dataset):
             try:
                 sample = self.source[j]
                 with seeded(seed_from(self.seed, epoch, position)):
-                    partner = None
-                    if self.transform.mixes:
-                        partner = self.source[int(torch.randint(len(self), ()))]
+                    partner = self._partner(skipped) if self.transform.mixes else None
                     return dict(**self.transform(sample, partner), skipped=skipped)
             except (ValueError, FileNotFoundError) as error:
                 if self.on_error == "raise":
@@ -67,6 +65,18 @@ class SegmentationSamples(Dataset):
             first = skipped[0] if skipped else "the source is empty"
             raise ValueError(f"none of the {len(self)} samples can be read; the first error: {first}")
         return dict(skipped=skipped)
+
+    def _partner(self, skipped: list[str]) -> Sample | None:
+        """A random second sample, the next readable one with ``on_error="skip"``."""
+        first = int(torch.randint(len(self), ()))
+        for step in range(len(self)):
+            try:
+                return self.source[(first + step) % len(self)]
+            except (ValueError, FileNotFoundError) as error:
+                if self.on_error == "raise":
+                    raise
+                skipped.append(str(error))
+        return None
 
 
 def collate_samples(items: list[Batch]) -> Batch:

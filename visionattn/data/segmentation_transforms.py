@@ -3,11 +3,11 @@
 Recipes:
 
 - ``default``: random resized crop, both flips, turns by 90 degrees, colour jitter, optionally elastic deformation.
-- ``fsgnet``: FSG-Net (full-scale representation guided network for retinal vessels, arXiv 2501.18921,
+- ``fsgnet``: FSG-Net, the full-scale guided network for retinal vessels (arXiv 2501.18921,
   github.com/ZombaSY/FSG-Net-pytorch): cut-mix with another training image, each side scaled by U(0.5, 2), crop,
   flip, colour jitter, blur, perspective. Pixels that scaling or perspective bring in are black background, as there.
-- ``herseg``: HER-Seg (efficient medical segmentation at high resolution): the whole image resized, flips with
-  p = 0.1. It resizes when evaluating too.
+- ``herseg``: HER-Seg, efficient segmentation of medical images at 1024 x 1024 (arXiv 2504.06205,
+  github.com/xq141839/HER-Seg): the whole image resized, flips with p = 0.1. It resizes when evaluating too.
 - ``none``: the whole image resized, nothing random.
 """
 
@@ -183,19 +183,35 @@ def _augmentation(recipe: str, size: list[int], elastic: float) -> nn.Module:
         ]
         if elastic:
             steps.append(v2.RandomApply([v2.ElasticTransform(alpha=50.0, sigma=5.0, fill=outside)], elastic))
-        return v2.Compose([*steps, v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2, 0.05)], 0.8)])
+        return v2.Compose([*steps, v2.RandomApply([Jitter(0.05)], 0.8)])
     if recipe == "fsgnet":
         return v2.Compose(
             [
                 v2.RandomCrop(size, pad_if_needed=True, fill=0),
                 v2.RandomHorizontalFlip(),
-                v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2, 0.1)], 0.8),
+                v2.RandomApply([Jitter(0.1)], 0.8),
                 v2.RandomApply([RandomBlur()], 0.5),
                 v2.RandomPerspective(distortion_scale=0.5, p=0.3, fill=0),
             ]
         )
     resize = v2.Resize(size, antialias=True)
     return v2.Compose([resize, v2.RandomHorizontalFlip(0.1)]) if recipe == "herseg" else v2.Compose([resize])
+
+
+class Jitter(nn.Module):
+    """Brightness, contrast and saturation by up to 20 %, hue by up to ``hue``, of images of any range.
+
+    torchvision cuts floats off at 0 and 1, so an image that goes beyond is brought into that range and back.
+    """
+
+    def __init__(self, hue: float):
+        super().__init__()
+        self.jitter = v2.ColorJitter(0.2, 0.2, 0.2, hue)
+
+    def forward(self, image: tv_tensors.Image, mask: tv_tensors.Mask) -> Pair:
+        low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)
+        unit = tv_tensors.Image((image.as_subclass(Tensor) - low) / (high - low))
+        return tv_tensors.Image(self.jitter(unit).as_subclass(Tensor) * (high - low) + low), mask
 
 
 class RandomBlur(nn.Module):

@@ -9,9 +9,9 @@ import numpy as np
 
 from visionattn.data.datasets import EXTENSIONS
 from visionattn.data.images import check_channels
-from visionattn.data.masks import check_classes, check_sizes, read_mask, split_folders
+from visionattn.data.masks import check_classes, check_sizes, numbers_of_split, read_mask, split_folders
 from visionattn.data.segmentation import IGNORE, Sample
-from visionattn.data.splits import group_names, split_groups
+from visionattn.data.splits import group_names
 
 Window = Sequence[float]
 _NIFTI = (".nii", ".nii.gz")
@@ -70,7 +70,7 @@ def read_dicom(path: str | Path, window: Window | None = None) -> tuple[np.ndarr
     return image, (float(spacing[0]), float(spacing[1]))
 
 
-def _dicom_values(path: Path) -> tuple[np.ndarray, Any]:
+def _open_dicom(path: Path, **options: Any) -> Any:
     try:
         import pydicom
     except ImportError as error:
@@ -78,9 +78,13 @@ def _dicom_values(path: Path) -> tuple[np.ndarray, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no DICOM file {path}")
     try:
-        dataset = pydicom.dcmread(path)
+        return pydicom.dcmread(path, **options)
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"cannot read {path} as DICOM: {error}; repair or remove it") from error
+
+
+def _dicom_values(path: Path) -> tuple[np.ndarray, Any]:
+    dataset = _open_dicom(path)
     if "PixelData" not in dataset:
         raise ValueError(f"{path} holds no image (no PixelData); remove it")
     try:
@@ -96,6 +100,14 @@ def _dicom_values(path: Path) -> tuple[np.ndarray, Any]:
         raise ValueError(f"{path} has an image of shape {values.shape}, expected one grey slice (rows, columns)")
     slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
     return values.astype(np.float32) * slope + intercept, dataset
+
+
+def _patient(name: str, path: Path) -> str:
+    folder, slash, _ = name.partition("/")
+    if slash:
+        return folder
+    dataset = _open_dicom(path, stop_before_pixels=True, specific_tags=["PatientID"])
+    return str(dataset.get("PatientID") or name)
 
 
 class _Slices:
@@ -152,8 +164,9 @@ class DicomSlices(_Slices):
     """Single DICOM files and series, one sample per file.
 
     ``ROOT/SPLIT/images/PATIENT/FILE.dcm``, ``ROOT/images/SPLIT/...`` or ``ROOT/images/...`` (split by patient), and
-    below ``masks`` the same paths with a picture (PNG, ...) or a DICOM file of labels. A patient is the first folder
-    below the images, or without folders the file, or what ``group_pattern`` finds in the path.
+    below ``masks`` the same paths with a picture (PNG, ...) or a DICOM file of labels. A patient is what
+    ``group_pattern`` finds in the path; without it the first folder below the images, or, for files that lie there
+    directly, the file's PatientID (the file itself where that is empty).
 
     Args:
         root: Dataset folder.
@@ -196,8 +209,9 @@ class DicomSlices(_Slices):
         found = _files(image_folder, (".dcm", ".dicom", ".ima"))
         truth = _files(mask_folder, (".dcm", ".dicom", ".ima", *EXTENSIONS))
         names = _pairs(found, truth, image_folder, "DICOM file (.dcm, .dicom, .ima)")
-        groups = group_names(names, group_pattern or r"^[^/]+")
-        kept = split_groups(groups, val, test, seed, fold, folds)[split] if mixed else range(len(names))
+        groups = group_names(names, group_pattern) if group_pattern else [_patient(n, found[n]) for n in names]
+        shares = dict(val=val, test=test, seed=seed, fold=fold, folds=folds)
+        kept = numbers_of_split(groups, split, mixed, image_folder, shares)
         self.samples = [(names[i], found[names[i]], truth[names[i]], groups[i]) for i in kept]
 
     def __len__(self) -> int:
@@ -211,7 +225,7 @@ class DicomSlices(_Slices):
         else:
             mask = self._check_labels(_dicom_values(mask_path)[0], mask_path)
         check_sizes(image, mask, image_path)
-        return Sample(self._repeat(image), mask, name.replace("/", "_"), group, spacing=spacing)
+        return Sample(self._repeat(image), mask, name.replace("/", "__"), group, spacing=spacing)
 
 
 class NiftiSlices(_Slices):
@@ -271,13 +285,14 @@ class NiftiSlices(_Slices):
         found, truth = _files(image_folder, _NIFTI), _files(mask_folder, _NIFTI)
         names = _pairs(found, truth, image_folder, "NIfTI volume (.nii, .nii.gz)")
         groups = group_names(names, group_pattern)
-        kept = split_groups(groups, val, test, seed, fold, folds)[split] if mixed else range(len(names))
+        shares = dict(val=val, test=test, seed=seed, fold=fold, folds=folds)
+        kept = numbers_of_split(groups, split, mixed, image_folder, shares)
         self.samples = []
         for i in kept:
             shape = _check_volumes(found[names[i]], truth[names[i]])
             for number in range(shape[axis]):
                 entry = (
-                    f"{names[i].replace('/', '_')}_{number:04d}",
+                    f"{names[i].replace('/', '__')}_{number:04d}",
                     found[names[i]],
                     truth[names[i]],
                     groups[i],
