@@ -28,7 +28,8 @@ def _check(
             f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
     dtypes, devices = ({getattr(x, name) for x in (query, key, value)} for name in ("dtype", "device"))
-    autocast = torch.is_autocast_enabled(query.device.type)  # which gives them one dtype
+    # autocast gives them one dtype; it knows no meta device
+    autocast = not query.is_meta and torch.is_autocast_enabled(query.device.type)
     if not query.is_floating_point() or (len(dtypes) > 1 and not autocast):
         raise ValueError(f"query, key, value must share one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
     if mode == "channel_softmax" and rotation is not None:
