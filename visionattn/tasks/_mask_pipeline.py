@@ -13,7 +13,7 @@ from visionattn.data.segmentation import IGNORE, Sample, SegmentationSource
 
 
 class SegmentationTransform:
-    """Sample to ``image`` float32 ``[C, h, w]``, ``mask`` int64 ``[h, w]``, ``field``, ``name``, ``group``, ``spacing``.
+    """Sample to a dict: image float32 ``[C, h, w]``, mask int64 ``[h, w]``, field, name, group, spacing.
 
     Args:
         recipe: ``"default"``: random crops and flips; ``"none"``: whole images.

@@ -86,7 +86,7 @@ class Segmentation(Training):
     the mean over those with a value), ``val/dice_at_half`` the one at 0.5.
 
     Args:
-        model: Images ``[B, C, H, W]`` to logits ``[B, K, H, W]``, in training possibly a tuple of them; K = 1 is binary.
+        model: Images ``[B, C, H, W]`` to logits ``[B, K, H, W]``, in training possibly several; K = 1 is binary.
         num_classes: K.
         seed: Seed of the run.
         epochs: Length of the schedule.
@@ -113,6 +113,8 @@ class Segmentation(Training):
     Raises:
         ValueError: An unknown loss, schedule or part, or ``freeze`` with a model that has no such method.
     """
+
+    monitor, masks = "val/dice", True
 
     def __init__(
         self,

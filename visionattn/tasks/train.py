@@ -23,8 +23,6 @@ from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.config import write_text
-from visionattn.tasks.segmentation import Segmentation
-from visionattn.tasks.segmentation_data import prepare_masks
 
 
 class ImageData(lightning.LightningDataModule):
@@ -170,9 +168,11 @@ def train(config: DictConfig) -> dict[str, float]:
         _check_classes(resume, source.classes)
     check_channels(config.data.in_chans)
     task_class = hydra.utils.get_class(config.task._target_)
-    masks = issubclass(task_class, Segmentation)
-    model, data, kept, num_classes = (prepare_masks if masks else _prepare_images)(config, source, val)
-    trainer = _trainer(config, folder, "val/dice" if masks else "val/top1")
+    prepare = _prepare_images
+    if task_class.masks:
+        from visionattn.tasks.segmentation_data import prepare_masks as prepare  # needs the packages of [seg]
+    model, data, kept, num_classes = prepare(config, source, val)
+    trainer = _trainer(config, folder, task_class.monitor)
     batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
     lr = config.task.lr * batch / config.task.lr_batch
     rank_zero_info(

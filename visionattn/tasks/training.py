@@ -76,6 +76,9 @@ class Training(lightning.LightningModule):
         ValueError: Another schedule.
     """
 
+    monitor = "val/top1"  # what the best checkpoint is the best in
+    masks = False  # whether the data are images with masks
+
     def __init__(
         self,
         model: nn.Module,
