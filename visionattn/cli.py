@@ -51,6 +51,15 @@ def train_command(args: argparse.Namespace) -> None:
         print(f"{name} {value:.4f}")
 
 
+def _segmentation(run: str) -> bool:
+    """Whether a run is of a segmentation."""
+    if any(find_spec(name) is None for name in ("monai", "tifffile", "segmentation_models_pytorch")):
+        return False
+    from visionattn.tasks.segmentation_inference import is_segmentation
+
+    return is_segmentation(run)
+
+
 def eval_command(args: argparse.Namespace) -> None:
     """Evaluate a run's best checkpoint, or a model with any weights; prints JSON and writes it."""
     _need_training_packages()
@@ -63,6 +72,17 @@ def eval_command(args: argparse.Namespace) -> None:
         raise ValueError("give either one RUN folder or --model NAME, and changes of the form key=value")
     if args.model:
         result, output = evaluate_model(args.model, args.checkpoint, overrides), args.output
+    elif _segmentation(runs[0]):
+        from visionattn.tasks.segmentation_inference import evaluate_masks
+        from visionattn.tasks.segmentation_report import table
+
+        weights = {"best": None, "averaged": True, "trained": False}[args.weights]
+        result = evaluate_masks(runs[0], overrides, weights)
+        print(table(result))
+        output = args.output
+        if output:
+            write_text(Path(output), json.dumps(result, indent=1) + "\n")
+        return
     else:
         result = evaluate_run(runs[0], overrides, {"best": None, "averaged": True, "trained": False}[args.weights])
         output = args.output or (Path(runs[0], "eval.json") if Path(runs[0]).is_dir() else None)
@@ -82,6 +102,15 @@ def predict_command(args: argparse.Namespace) -> None:
         raise ValueError("give either --run FOLDER or --model NAME")
     if args.topk < 1:
         raise ValueError(f"--topk {args.topk}: expected at least 1")
+    if args.task == "segmentation" or (args.task is None and args.run_folder and _segmentation(args.run_folder)):
+        if args.run_folder is None:
+            raise ValueError("--task segmentation needs --run FOLDER")
+        from visionattn.tasks.segmentation_inference import predict_masks
+
+        folder = "predictions" if args.output == "prediction.png" else args.output
+        for path in predict_masks(args.run_folder, args.images, folder, args.window, args.flips):
+            print(f"mask: {path}")
+        return
     classifier = load_run(args.run_folder) if args.run_folder else load_model(args.model, args.checkpoint)
     images = [read_image(path, classifier.in_chans, exif=True) for path in args.images]
     results = predict(classifier, images, args.topk)
@@ -185,13 +214,20 @@ def _add_using(commands: Any) -> None:
     )
     command.add_argument("--output", help="JSON file to write (default for a run: RUN/eval.json)")
     command.set_defaults(run=eval_command)
-    command = commands.add_parser("predict", help="classify pictures")
+    command = commands.add_parser("predict", help="classify pictures, or write masks")
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("--run", dest="run_folder", help="folder of a run, or a .ckpt file")
     command.add_argument("--model", help="a registered model with pretrained weights")
     command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
-    command.add_argument("--output", default="prediction.png", help="picture to write (default prediction.png)")
+    command.add_argument("--task", choices=("classification", "segmentation"), help="by default the run's")
+    command.add_argument("--window", type=int, default=512, help="of a segmentation: side of the windows (default 512)")
+    command.add_argument("--flips", action="store_true", help="of a segmentation: average over reflections")
+    command.add_argument(
+        "--output",
+        default="prediction.png",
+        help="picture to write (default prediction.png); of a segmentation the folder of the masks (predictions)",
+    )
     command.set_defaults(run=predict_command)
     command = commands.add_parser("convert", help="turn an official checkpoint into safetensors, with its digests")
     command.add_argument("model", help="timm name, with or without a tag: biformer_s.in1k")

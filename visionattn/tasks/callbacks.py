@@ -51,7 +51,7 @@ class EpochLines(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the images; a line once a minute."""
-        self.images += len(batch["label"])
+        self.images += len(batch["image"])
         now = time.perf_counter()
         if now - self.last > _BATCH_LINE_SECONDS:
             self.last = now
@@ -69,7 +69,7 @@ class EpochLines(Callback):
         parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
         parts += [
             f"{name} {metrics[key]:.1%}"
-            for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"))
+            for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"), ("Dice", "val/dice"))
             if key in metrics
         ]
         parts += [f"lr {metrics['lr']:.2g}"] if "lr" in metrics else []

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
+from torch import nn
 from torch.utils.data import DataLoader
 
 import visionattn
@@ -93,9 +94,9 @@ def _check_classes(path: str, classes: list[str]) -> None:
         )
 
 
-def _trainer(config: DictConfig, folder: Path) -> lightning.Trainer:
+def _trainer(config: DictConfig, folder: Path, monitor: str) -> lightning.Trainer:
     callbacks = [
-        ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", save_on_train_epoch_end=True),
+        ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode="max", save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
         # so that a resumed run knows the best score
         ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
@@ -127,6 +128,22 @@ def _prepare(folder: Path, resume: str | None) -> None:
         log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('*.csv')))}.csv"))
 
 
+def _prepare_images(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, ImageData, dict[str, Any], int]:
+    """Network, loaders, what the checkpoint keeps of them, and the number of classes, of a classification run."""
+    if not timm.is_model(config.model.model_name.split(".")[0]):
+        visionattn.create_model(config.model.model_name)  # raises with the nearest names
+    sizes = dict(num_classes=len(source.classes), in_chans=config.data.in_chans)
+    model = hydra.utils.instantiate(config.model, _convert_="all", **sizes)
+    defaults = resolve_model_data_config(model)
+    data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
+    arguments: Any = OmegaConf.to_container(config.model, resolve=True)
+    kept = dict(
+        model={k: v for k, v in arguments.items() if k not in ("_target_", "pretrained")},
+        data={k: list(v) if isinstance(v, tuple) else v for k, v in data.data_config.items()},
+    )
+    return model, data, kept, len(source.classes)
+
+
 def train(config: DictConfig) -> dict[str, float]:
     """Train, and write checkpoints, metrics and the resolved configuration to ``output_dir/name``.
 
@@ -149,32 +166,31 @@ def train(config: DictConfig) -> dict[str, float]:
     val = hydra.utils.instantiate(config.data.source, split=config.data.val_split, **known)
     if resume:
         _check_classes(resume, source.classes)
-    in_chans = config.data.in_chans
-    check_channels(in_chans)
-    if not timm.is_model(config.model.model_name.split(".")[0]):
-        visionattn.create_model(config.model.model_name)  # raises with the nearest names
-    model = hydra.utils.instantiate(config.model, _convert_="all", num_classes=len(source.classes), in_chans=in_chans)
-    defaults = resolve_model_data_config(model)
-    data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
-    trainer = _trainer(config, folder)
+    check_channels(config.data.in_chans)
+    task_class = hydra.utils.get_class(config.task._target_)
+    prepare = _prepare_images
+    if task_class.masks:
+        from visionattn.tasks.segmentation_data import prepare_masks as prepare  # needs the packages of [seg]
+    model, data, kept, num_classes = prepare(config, source, val)
+    trainer = _trainer(config, folder, task_class.monitor)
     batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
     lr = config.task.lr * batch / config.task.lr_batch
     rank_zero_info(
         f"effective batch {batch}, learning rate {config.task.lr:g} x {batch}/{config.task.lr_batch} = {lr:g}"
     )
-    settings = {k: v for k, v in config.task.items() if k not in ("_target_", "lr", "lr_batch")}
-    model_args = OmegaConf.to_container(config.model, resolve=True)
+    settings = {
+        k: v
+        for k, v in OmegaConf.to_container(config.task, resolve=True).items()
+        if k not in ("_target_", "lr", "lr_batch")
+    }
     hparams = dict(
-        model={k: v for k, v in model_args.items() if k not in ("_target_", "pretrained")},
         classes=source.classes,
-        in_chans=in_chans,
-        data={k: list(v) if isinstance(v, tuple) else v for k, v in data.data_config.items()},
+        in_chans=config.data.in_chans,
+        **kept,
         averaged=bool(config.task.ema_decay and config.task.ema_eval),
         versions=dict(torch=str(torch.__version__), timm=timm.__version__, visionattn=visionattn.__version__),
     )
-    task = hydra.utils.get_class(config.task._target_)(
-        model=model, num_classes=len(source.classes), seed=config.seed, lr=lr, hparams=hparams, **settings
-    )
+    task = task_class(model=model, num_classes=num_classes, seed=config.seed, lr=lr, hparams=hparams, **settings)
     if trainer.is_global_zero:
         _prepare(folder, resume)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))

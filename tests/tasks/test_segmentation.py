@@ -1,0 +1,140 @@
+"""Segmentation from training to masks, and its losses and schedules."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import inputs
+from monai.losses import DiceLoss
+from PIL import Image
+
+from visionattn.cli import main
+from visionattn.data.segmentation import IGNORE
+from visionattn.tasks.segmentation import LOSSES, MaskLoss
+from visionattn.tasks.segmentation_inference import load_masker
+from visionattn.tasks.training import learning_rate_factor
+
+REFERENCE = Path(__file__).parent.parent / "reference" / "heads"
+SMALL = [
+    "task=segmentation",
+    "model=unet",
+    "model.backbone=test_biformer",
+    "+model.decoder_kwargs.decoder_channels=[16,16,8,8,8]",
+    "~data.source",
+    "+data.source._target_=segmentation_source.Squares",
+    "data.root=unused",
+    "+data.transform.recipe=default",
+    "+data.transform.size=32",
+    "data.batch_size=2",
+    "data.workers=0",
+    "trainer.max_epochs=2",
+    "task.warmup_epochs=0",
+    "task.ema_decay=0.5",
+]
+
+
+def train(folder, name, *changes):
+    main(["train", *SMALL, f"output_dir={folder}", f"name={name}", *changes])
+    return folder / name
+
+
+def content(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs"), "a")
+
+
+def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
+    half = train(tmp_path, "b", "trainer.max_epochs=1", "task.epochs=2")
+    train(tmp_path, "b", "ckpt_path=last")
+    expected, actual = content(run)["state_dict"], content(half)["state_dict"]
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_threshold_is_in_the_checkpoint(run):
+    hparams = content(run)["hyper_parameters"]
+    assert hparams["task"] == "segmentation"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert hparams["threshold"] == pytest.approx(metrics["val/threshold"])
+    assert metrics["val/dice"] >= metrics["val/dice_at_half"]
+    assert 0 < load_masker(run).threshold < 1
+
+
+def test_eval_writes_table_and_pictures(run, capsys):
+    main(["eval", str(run)])
+    assert "| square | hd95 (mm) |" in capsys.readouterr().out
+    folder = run / "eval" / "val"
+    result = json.loads((folder / "metrics.json").read_text())
+    assert result["classes"]["square"]["images"] == 4
+    for name in ("per_image.csv", "report.md", "pictures.png", "threshold.png", "learning.png"):
+        assert (folder / name).stat().st_size > 100
+    rows = (folder / "per_image.csv").read_text().splitlines()
+    assert len(rows) == 5 and "patient 1" in rows[-1]
+
+
+def test_predict_writes_masks(run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 61, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    main(["predict", "--run", str(run), str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--flips"])
+    assert Image.open(tmp_path / "out" / "a_mask.png").size == (61, 40)
+    assert Image.open(tmp_path / "out" / "a_overlay.png").mode == "RGB"
+    with pytest.raises(SystemExit, match="no image at"):
+        main(["predict", "--run", str(run), str(tmp_path / "b.png"), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("task.loss=dice2", "loss='dice2' must be one of"),
+        ("task.schedule=step", "schedule='step' must be one of"),
+        ("task.freeze=[stage9]", "names no part"),
+        ("model.decoder=unett", "unknown decoder"),
+        ("model=biformer_nano", "gives no masks"),
+    ],
+)
+def test_wrong_settings_end_with_one_line(change, message, tmp_path):
+    changes = [c for c in SMALL if not (change == "model=biformer_nano" and "model" in c)]
+    with pytest.raises(SystemExit, match=message):
+        main(["train", *changes, f"output_dir={tmp_path}", change])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_loss_of_the_published_code():
+    expected = np.load(REFERENCE / "segmentation_metrics.npz")["loss_fsgnet_dice_bce"][0]
+    x = inputs((4, 1, 24, 32), 0)
+    truth = (inputs((4, 1, 24, 32), 1) + x > 0.6)[:, 0].long()
+    assert MaskLoss("bce_dice", 1)(x, truth).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "dice_focal"])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_loss_falls_and_knows_no_pixel_without_truth(name, classes):
+    torch.manual_seed(0)
+    mask = torch.randint(max(classes, 2), (2, 16, 16))
+    mask[:, :3] = IGNORE
+    logits = torch.randn(2, classes, 16, 16, requires_grad=True)
+    loss = MaskLoss(name, classes)
+    loss(logits, mask).backward()
+    # soft skeletons look at their neighbours' zeros, but no logit without truth gets a gradient
+    assert logits.grad[:, :, :3].abs().max() == 0 < logits.grad[:, :, 3:].abs().max()
+    with torch.no_grad():
+        assert loss(logits - 0.5 * logits.grad / logits.grad.abs().max(), mask) < loss(logits, mask)
+
+
+def test_dice_is_monai_s():
+    x, mask = torch.randn(2, 1, 8, 8), torch.randint(2, (2, 8, 8))
+    expected = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)(x, mask[:, None])
+    assert MaskLoss("dice", 1)(x, mask).item() == pytest.approx(expected.item())
+
+
+def test_published_schedules():
+    cosine = [learning_rate_factor("cosine_cycles", e, 1020, 20, 10, 1.0) for e in (0, 10, 20, 70, 120)]
+    assert cosine == pytest.approx([0, 0.5, 1, 0, 1])
+    decay = [learning_rate_factor("exponential", e, 200, 0, 1, 0.98) for e in (0, 1, 1.5, 2)]
+    assert decay == pytest.approx([1, 0.98, 0.98, 0.98**2])

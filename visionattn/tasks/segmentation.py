@@ -1,0 +1,212 @@
+"""Segmentation: losses, threshold, metrics and averaged weights around any network that gives masks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.losses import DiceLoss, SoftDiceclDiceLoss, TverskyLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionattn.data.randomness import seed_all, seed_from
+from visionattn.data.segmentation import IGNORE
+from visionattn.tasks.segmentation_metrics import from_counts
+from visionattn.tasks.sliding import labels, probabilities
+from visionattn.tasks.training import Training
+
+THRESHOLDS = [i / 20 for i in range(1, 20)]
+LOSSES = ("bce_dice", "ce_dice", "dice", "dice_focal", "tversky", "cldice")
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits, target.float())
+    return F.cross_entropy(logits, target[:, 0])
+
+
+class MaskLoss(nn.Module):
+    """A loss by name on the pixels that have a truth.
+
+    ``bce_dice``, ``ce_dice``: mean cross entropy + ``1 - (2 sum(p y) + 1) / (sum p + sum y + 1)``, sums over the
+    batch (for one class FSG-Net's); ``dice``: its second term; ``tversky``: false negatives weigh 0.7, false
+    positives 0.3; ``dice_focal``: HER-Seg's; ``cldice``: half Dice, half soft clDice.
+
+    Args:
+        name: One of ``LOSSES``.
+        num_classes: Channels of the logits; 1 is binary.
+
+    Raises:
+        ValueError: Another name, or ``dice_focal`` where the package has no such loss.
+    """
+
+    def __init__(self, name: str, num_classes: int):
+        super().__init__()
+        if name not in LOSSES:
+            raise ValueError(f"loss={name!r} must be one of {', '.join(LOSSES)}")
+        self.name, self.num_classes = name, num_classes
+        binary = num_classes == 1
+        common: dict[str, Any] = dict(sigmoid=binary, softmax=not binary, to_onehot_y=not binary, batch=True)
+        self.overlap: nn.Module = DiceLoss(**common, smooth_nr=1.0, smooth_dr=1.0)
+        if name == "tversky":
+            self.overlap = TverskyLoss(**common, alpha=0.3, beta=0.7)
+        elif name == "dice_focal":
+            try:
+                from visionattn.heads.losses import DiceFocalLoss
+            except ImportError as error:
+                raise ValueError("loss='dice_focal' needs visionattn.heads.losses, which is not installed") from error
+            self.overlap = DiceFocalLoss()
+        elif name == "cldice":
+            self.overlap = SoftDiceclDiceLoss(iter_=3, alpha=0.5)
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        logits = logits.float()
+        inside = mask != IGNORE
+        if not bool(inside.any()):
+            return logits.sum() * 0.0
+        if self.name == "cldice":
+            truth = F.one_hot(mask.masked_fill(~inside, 0), max(self.num_classes, 2)).movedim(-1, 1)
+            p = logits.sigmoid() if self.num_classes == 1 else logits.softmax(1)
+            truth = truth[:, 1:] if self.num_classes == 1 else truth
+            return self.overlap(truth.float() * inside[:, None], p * inside[:, None])
+        # one long row of pixels: every one of these losses sums over the batch
+        row = logits.movedim(1, 0)[:, inside][None]
+        target = mask[inside][None, None]
+        if self.name == "dice_focal" and self.num_classes > 1:
+            target = F.one_hot(target[:, 0], self.num_classes).movedim(-1, 1)
+        loss = self.overlap(row, target)
+        return loss + _cross_entropy(row, target) if self.name in ("bce_dice", "ce_dice") else loss
+
+
+class Segmentation(Training):
+    """Training of masks.
+
+    Every random choice of a step comes from generators seeded by (seed, epoch, batch, rank). After each validation the
+    threshold with the best Dice of the validation split's one confusion matrix is taken and kept in the checkpoint's
+    hyperparameters; tests use it as it is. Several classes need none. ``val/dice`` is that Dice (of several classes
+    the mean over those with a value), ``val/dice_at_half`` the one at 0.5.
+
+    Args:
+        model: Images ``[B, C, H, W]`` to logits ``[B, K, H, W]``, in training possibly several; K = 1 is binary.
+        num_classes: K.
+        seed: Seed of the run.
+        epochs: Length of the schedule.
+        loss: One of ``LOSSES``.
+        opt: Optimizer, a name of ``timm.optim``.
+        lr: Peak learning rate.
+        weight_decay: On matrices and kernels.
+        layer_decay: Factor on the learning rate from each layer to the one before.
+        schedule: ``"cosine"``, ``"cosine_cycles"`` or ``"exponential"``, see ``Training``.
+        cycles: Full cosines.
+        decay: Factor per epoch.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_lr: Learning rate at its start.
+        min_lr: Learning rate at the end.
+        ema_decay: Decay of an exponential moving average of the weights.
+        ema_eval: Validate the averaged weights.
+        aux_weight: Weight of the loss on each further output, the weights being divided by their sum: 1 gives the
+            mean over the outputs.
+        freeze: Parts for the model's ``freeze``.
+        window: Side of the windows at validation; None: whole images.
+        flips: Average over reflections when evaluating and predicting.
+        hparams: Plain values that a checkpoint keeps under ``hyper_parameters``.
+
+    Raises:
+        ValueError: An unknown loss, schedule or part, or ``freeze`` with a model that has no such method.
+    """
+
+    monitor, masks = "val/dice", True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        seed: int,
+        epochs: int,
+        loss: str,
+        opt: str,
+        lr: float,
+        weight_decay: float,
+        layer_decay: float | None,
+        schedule: str,
+        cycles: float,
+        decay: float,
+        warmup_epochs: int,
+        warmup_lr: float,
+        min_lr: float,
+        ema_decay: float | None,
+        ema_eval: bool,
+        aux_weight: float,
+        freeze: list[str],
+        window: int | None,
+        flips: bool,
+        hparams: dict[str, Any],
+    ):
+        args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+        rates = (warmup_epochs, warmup_lr, min_lr, ema_decay, ema_eval, schedule, cycles, decay)
+        if freeze:
+            if not hasattr(model, "freeze"):
+                raise ValueError(f"task.freeze={list(freeze)}: {type(model).__name__} cannot freeze parts; set []")
+            model.freeze(list(freeze))
+        super().__init__(model, epochs, args, *rates)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = MaskLoss(loss, num_classes)
+        self.seed, self.num_classes, self.aux_weight = seed, num_classes, aux_weight
+        self.window, self.flips = window, flips
+        rows = len(THRESHOLDS) if num_classes == 1 else num_classes - 1
+        self.register_buffer("counts", torch.zeros(rows, 4, dtype=torch.float64), persistent=False)
+        self.save_hyperparameters({**hparams, "threshold": 0.5})
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        seed_all(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        output, mask = self.model(batch["image"]), batch["mask"]
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        weights = [1.0, *[self.aux_weight] * (len(outputs) - 1)]
+        loss: Any = sum(w * self.loss(_of_size(x, mask), mask) for w, x in zip(weights, outputs, strict=True))
+        loss = loss / sum(weights)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(mask), sync_dist=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Empty the confusion matrices."""
+        self.counts.zero_()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add a batch to the confusion matrices."""
+        if not len(batch["mask"]):
+            return
+        mask = batch["mask"]
+        found = probabilities(self.evaluated, batch["image"], self.window, flips=self.flips)
+        inside = mask != IGNORE
+        if self.num_classes == 1:
+            pairs = [(found[:, 0] > t, mask == 1) for t in THRESHOLDS]
+        else:
+            best = labels(found, 0.5)
+            pairs = [(best == k, mask == k) for k in range(1, self.num_classes)]
+        for row, (predicted, true) in zip(self.counts, pairs, strict=True):
+            p, t = predicted[inside], true[inside]
+            row += torch.stack([(p & t).sum(), (p & ~t).sum(), (~p & t).sum(), (~p & ~t).sum()]).double()
+
+    def on_validation_epoch_end(self) -> None:
+        """Choose the threshold and log the metrics of all images."""
+        counts = self.all_gather(self.counts).reshape(-1, *self.counts.shape).sum(0)
+        results = [from_counts(*row) for row in counts.tolist()]
+        scores = [0.0 if r["dice"] != r["dice"] else r["dice"] for r in results]
+        if self.num_classes == 1:
+            # among equals the one nearest to one half
+            best = max(range(len(scores)), key=lambda i: (scores[i], -abs(THRESHOLDS[i] - 0.5)))
+            self.hparams["threshold"] = THRESHOLDS[best]
+            self.log("val/threshold", THRESHOLDS[best], rank_zero_only=True)
+            self.log("val/dice_at_half", scores[THRESHOLDS.index(0.5)], rank_zero_only=True)
+            chosen = [results[best]]
+        else:
+            chosen = results
+        for name in ("dice", "iou"):
+            values = [r[name] for r in chosen if r[name] == r[name]]
+            value = sum(values) / len(values) if values else 0.0
+            self.log(f"val/{name}", value, prog_bar=name == "dice", sync_dist=True)
+
+
+def _of_size(logits: Tensor, mask: Tensor) -> Tensor:
+    if logits.shape[-2:] == mask.shape[-2:]:
+        return logits
+    return F.interpolate(logits, mask.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,102 @@
+"""Data and network of a segmentation run from its configuration."""
+
+from typing import Any
+
+import hydra
+import lightning
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from visionattn.data.pipeline import EpochSampler
+from visionattn.tasks._mask_pipeline import SegmentationSamples, SegmentationTransform, collate_samples
+
+NETWORKS = "visionattn.heads."
+"""Where the classes of networks live that a checkpoint may name."""
+
+
+def outputs(classes: list[str]) -> int:
+    """Channels of the logits: one for two classes, else one for each."""
+    if len(classes) < 2:
+        raise ValueError(f"the data has the classes {classes}; expected the background and at least one more")
+    return 1 if len(classes) == 2 else len(classes)
+
+
+def make_network(arguments: dict[str, Any], classes: list[str], in_chans: int) -> nn.Module:
+    """The network of a ``model`` group.
+
+    Args:
+        arguments: ``_target_``, a class of ``visionattn.heads``, and its arguments.
+        classes: Names, the background first.
+        in_chans: Channels of the image.
+
+    Raises:
+        ValueError: Another ``_target_``, for example a classifier's.
+    """
+    target = str(arguments.get("_target_"))
+    # a checkpoint must not be able to name any function
+    if not target.startswith(NETWORKS):
+        raise ValueError(f"model._target_={target} gives no masks; choose model=unet or another of {NETWORKS}*")
+    sizes: dict[str, Any] = dict(num_classes=outputs(classes), in_chans=in_chans)
+    return hydra.utils.instantiate(arguments, _convert_="all", **sizes)
+
+
+class MaskData(lightning.LightningDataModule):
+    """Loaders of the training and validation split.
+
+    Args:
+        config: The ``data`` group.
+        train: Source of training samples.
+        val: Source of validation samples.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, config: dict[str, Any], train: Any, val: Any, seed: int):
+        super().__init__()
+        self.config, self.seed = config, seed
+        kwargs = dict(seed=seed, on_error=config["on_error"])
+        transform = config["transform"]
+        self.train = SegmentationSamples(train, SegmentationTransform(**transform, train=True), **kwargs)
+        self.val = SegmentationSamples(val, SegmentationTransform(**transform, train=False), replace=False, **kwargs)
+
+    def _loader(self, samples: SegmentationSamples, train: bool) -> DataLoader:
+        trainer = self.trainer
+        repeats = self.config.get("repeats", 1) if train else 1
+        sampler = EpochSampler(samples, train, self.seed, repeats, trainer.global_rank, trainer.world_size)
+        size = self.config["batch_size"] if train else self.config.get("val_batch_size", 1)
+        return DataLoader(
+            samples,
+            batch_size=size,
+            sampler=sampler,
+            num_workers=self.config["workers"],
+            collate_fn=collate_samples,
+            drop_last=train and len(sampler) > size,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches."""
+        return self._loader(self.train, True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation image once, whole."""
+        return self._loader(self.val, False)
+
+
+def prepare_masks(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, MaskData, dict[str, Any], int]:
+    """Network, loaders, what the checkpoint keeps of them, and the number of outputs.
+
+    Raises:
+        ValueError: A network that gives no masks, or splits with other classes.
+    """
+    if val.classes != source.classes:
+        raise ValueError(f"the splits have other classes: {source.classes} and {val.classes}")
+    arguments: Any = OmegaConf.to_container(config.model, resolve=True)
+    model = make_network(arguments, source.classes, config.data.in_chans)
+    group: Any = OmegaConf.to_container(config.data, resolve=True)
+    data = MaskData(group, source, val, config.seed)
+    kept = dict(
+        task="segmentation",
+        model={k: v for k, v in arguments.items() if k != "pretrained"},
+        data=group["transform"],
+    )
+    return model, data, kept, outputs(source.classes)

@@ -1,0 +1,158 @@
+"""What every training shares: optimizer, learning rate by epoch or step, averaged weights."""
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+SCHEDULES = ("cosine", "cosine_cycles", "exponential")
+
+
+def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Move parameters that have a learning rate of their own to further groups of the optimizer.
+
+    Args:
+        optimizer: Before a scheduler reads its groups; timm's schedulers honour their ``lr_scale``.
+        model: Its method ``lr_scales``, if any, gives factors by the names of parameters.
+    """
+    factors = model.lr_scales() if hasattr(model, "lr_scales") else {}
+    scales = {model.get_parameter(name): factor for name, factor in factors.items()}
+    for group in list(optimizer.param_groups):
+        for factor in sorted({scales[p] for p in group["params"] if p in scales}):
+            moved = [p for p in group["params"] if scales.get(p) == factor]
+            group["params"] = [p for p in group["params"] if scales.get(p) != factor]
+            scale = factor * group.get("lr_scale", 1.0)
+            optimizer.add_param_group({**group, "params": moved, "lr_scale": scale})
+
+
+def learning_rate_factor(
+    schedule: str, progress: float, epochs: int, warmup_epochs: float, cycles: float, decay: float
+) -> float:
+    """Factor on the learning rate of the schedules that timm does not have.
+
+    Linear warm-up, then with ``t`` the share of the epochs after it that are done:
+
+        cosine_cycles: ``(1 + cos(2 pi cycles t)) / 2`` (FSG-Net)
+        exponential: ``decay ** epoch``, constant within an epoch (HER-Seg)
+
+    Args:
+        schedule: ``"cosine_cycles"`` or ``"exponential"``.
+        progress: Epochs done, with the fraction of the one in progress.
+        epochs: Length of the training.
+        warmup_epochs: Length of the warm-up.
+        cycles: Full cosines.
+        decay: Factor per epoch.
+    """
+    if progress < warmup_epochs:
+        return progress / warmup_epochs
+    if schedule == "exponential":
+        return decay ** math.floor(progress - warmup_epochs)
+    t = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1)
+    return (1 + math.cos(2 * math.pi * cycles * t)) / 2
+
+
+class Training(lightning.LightningModule):
+    """Optimizer, schedule and averaged weights around a model.
+
+    Args:
+        model: The network.
+        epochs: Length of the schedule.
+        optimizer_args: Of ``timm.optim.create_optimizer_v2``: opt, lr, weight_decay, layer_decay.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_lr: Learning rate at its start (timm's cosine only).
+        min_lr: Learning rate at the end (timm's cosine only).
+        ema_decay: Decay of an exponential moving average of the weights.
+        ema_eval: Validate the averaged weights.
+        schedule: One of ``SCHEDULES``.
+        cycles: Full cosines of ``"cosine_cycles"``.
+        decay: Factor per epoch of ``"exponential"``.
+
+    Raises:
+        ValueError: Another schedule.
+    """
+
+    monitor = "val/top1"  # what the best checkpoint is the best in
+    masks = False  # whether the data are images with masks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        epochs: int,
+        optimizer_args: dict[str, Any],
+        warmup_epochs: int,
+        warmup_lr: float,
+        min_lr: float,
+        ema_decay: float | None,
+        ema_eval: bool,
+        schedule: str = "cosine",
+        cycles: float = 1.0,
+        decay: float = 1.0,
+    ):
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
+        self.model = model
+        self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+        self.ema_eval = ema_eval
+        self.averaged_steps = 0
+        self.epochs, self.min_lr = epochs, min_lr
+        self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
+        self.optimizer_args = optimizer_args
+        self.schedule_name, self.cycles, self.decay = schedule, cycles, decay
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; the learning rate is set at the start of an epoch or step."""
+        optimizer = create_optimizer_v2(self.model, **self.optimizer_args)
+        scale_learning_rates(optimizer, self.model)
+        self.schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=self.epochs,
+            lr_min=self.min_lr,
+            warmup_t=self.warmup_epochs,
+            warmup_lr_init=self.warmup_lr,
+        )
+        return optimizer
+
+    def on_train_epoch_start(self) -> None:
+        """Set the learning rate of the epoch."""
+        if self.schedule_name == "cosine":
+            self.schedule.step(self.current_epoch)
+        else:
+            self._set_rate(self.current_epoch)
+        self.log("lr", max(group["lr"] for group in self.schedule.optimizer.param_groups), rank_zero_only=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of the step, for schedules that know steps."""
+        if self.schedule_name != "cosine":
+            # a resumed run, and one with limited batches, stand at the same place of the schedule
+            self._set_rate(self.current_epoch + (batch_idx + 1) / max(int(self.trainer.num_training_batches), 1))
+
+    def _set_rate(self, progress: float) -> None:
+        # the fraction of the step that ends an epoch would already count as the next one
+        if self.schedule_name == "exponential" and progress > self.warmup_epochs:
+            progress = max(self.current_epoch, self.warmup_epochs)
+        factor = learning_rate_factor(
+            self.schedule_name, progress, self.epochs, self.warmup_epochs, self.cycles, self.decay
+        )
+        for group in self.schedule.optimizer.param_groups:
+            group["lr"] = self.optimizer_args["lr"] * factor * group.get("lr_scale", 1.0)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that validation measures."""
+        return self.ema.module if self.ema is not None and self.ema_eval else self.model
+
+    def on_train_start(self) -> None:
+        """Count optimizer steps from where a resumed run stands."""
+        self.averaged_steps = self.global_step
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Update the averaged weights, once for each step of the optimizer however many batches it took."""
+        if self.ema is not None and self.global_step > self.averaged_steps:
+            self.averaged_steps = self.global_step
+            self.ema.update(self.model)
