@@ -137,6 +137,22 @@ def convert_command(args: argparse.Namespace) -> None:
     print(f"{path}, entered in {path.with_name('index.csv')}")
 
 
+def data_command(args: argparse.Namespace) -> None:
+    """Unpack and check a published data set that the user downloaded."""
+    _need_training_packages()
+    from visionattn.data.prepare import prepare
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        found = prepare(args.name, args.archives, args.output, report, complete=not args.partial)
+    except FileExistsError as error:
+        raise ValueError(str(error)) from error
+    counts = ", ".join(f"{len(names)} {split}" for split, names in found["splits"].items())
+    print(f"{args.output}: {counts}; train with data={args.name} data.root={args.output}")
+
+
 _SAME_NAME = ("rounds", "device", "autocast", "channels_last", "compile", "cuda_graph")  # options and settings
 
 
@@ -188,6 +204,14 @@ def _add_training(commands: Any) -> None:
     command.add_argument("--output", default="outputs/demo", help="folder to write (default outputs/demo)")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="changes of both trainings, like seed=1")
     command.set_defaults(run=demo_command)
+    command = commands.add_parser("data", help="prepare a data set that you downloaded; nothing is fetched")
+    actions = command.add_subparsers(required=True)
+    command = actions.add_parser("prepare", help="unpack and check a published set, write images and masks as PNG")
+    command.add_argument("name", help="drive, chase, stare, hrf, isic2018, refuge, dsb2018, kvasir or cvc")
+    command.add_argument("archives", nargs="+", metavar="ARCHIVE", help="files as downloaded, or folders of them")
+    command.add_argument("--output", required=True, help="folder to write, which must not exist")
+    command.add_argument("--partial", action="store_true", help="accept another number of images than the published")
+    command.set_defaults(run=data_command)
     command = commands.add_parser("train", help="train from a configuration, for example: experiment=digits")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of configs/train.yaml")
     command.add_argument("--show", action="store_true", help="print the composed configuration and stop")

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from visionattn.data.pipeline import EpochSampler
-from visionattn.tasks._mask_pipeline import SegmentationSamples, SegmentationTransform, collate_samples
+from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_samples
+from visionattn.data.segmentation_transforms import SegmentationTransform
 
 NETWORKS = "visionattn.heads."
 """Where the classes of networks live that a checkpoint may name."""

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from visionattn.data.images import read_image
 from visionattn.data.segmentation import IGNORE, Sample
-from visionattn.tasks._mask_pipeline import SegmentationSamples, SegmentationTransform
+from visionattn.data.segmentation_pipeline import SegmentationSamples
+from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.inference import _changed
 from visionattn.tasks.segmentation_data import make_network
