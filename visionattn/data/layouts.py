@@ -1,8 +1,8 @@
 """How published segmentation sets are laid out in the archives that their makers hand out, and how they are split.
 
-Patterns match the end of a file's path inside the archives, in lower case. Sources of the layouts and the splits:
-the sets' own pages and, for the retinal sets, what mmsegmentation's converters expect
-(github.com/open-mmlab/mmsegmentation, tools/dataset_converters). ``docs/segmentation_data.md`` tells them in words.
+Patterns match the end of a file's path inside the archives, in lower case. The retinal sets follow what
+mmsegmentation's converters expect (github.com/open-mmlab/mmsegmentation, tools/dataset_converters); names and counts of
+the others have not been compared with their archives. ``docs/segmentation_data.md`` tells them in words.
 """
 
 from collections.abc import Callable
