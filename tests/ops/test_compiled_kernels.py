@@ -21,7 +21,8 @@ KERNELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability, shared", [(80, 163), (86, 99), (90, 227), (120, 99)])
+# each takes minutes: the first has the least shared memory (that of 120, and more than 80 would need), the second wgmma
+@pytest.mark.parametrize("capability, shared", [(86, 99), (90, 227)])
 def test_kernels_compile_for_gpus(capability, shared):
     script = Path(__file__).with_name("compile_kernels.py")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

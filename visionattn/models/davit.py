@@ -55,9 +55,20 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, H, W, 3, self.num_heads, C // self.num_heads).unbind(3)
-        out = state_attention(q, k, v, mode="channel_softmax", scale=self.scale)
+        qkv = self.qkv(x).reshape(B, H, W, 3, self.num_heads, C // self.num_heads)
+        out = self._scripted(qkv) if torch.jit.is_scripting() else self._mixed(qkv)
         return self.proj(out.reshape(B, H, W, C))
+
+    @torch.jit.unused
+    def _mixed(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(3)
+        return state_attention(q, k, v, mode="channel_softmax", scale=self.scale)
+
+    def _scripted(self, qkv: Tensor) -> Tensor:
+        """The same by PyTorch's own operators: TorchScript knows no arguments that are keywords only."""
+        q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, d]
+        mix = ((k * self.scale).transpose(2, 3) @ v).softmax(dim=-1)  # [B, heads, d, d]
+        return (q @ mix.transpose(2, 3)).transpose(1, 2)
 
 
 class DaViTBlock(nn.Module):
