@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from visionattn.ops import use_backend
+
 
 @pytest.fixture
-def where_kernels_run():
-    """New tensors lie on the GPU where there is one: its kernels take no others."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+def where_kernels_run(monkeypatch):
+    """New tensors lie on the GPU where there is one, whose kernels take no others, and only forced kernels run."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), use_backend("eager"):
         yield
 
 

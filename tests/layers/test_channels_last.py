@@ -262,7 +262,7 @@ def test_convolutions_of_single_pixels_are_linear_layers(name, served):
     pytest.importorskip("triton")
     conv, wide = {**SERVED_POINTWISE, **OTHER_POINTWISE}[name](), torch.randn(2, 5, 7, 20).requires_grad_()
     wanted, results = [wide, *(p for p in conv.parameters() if p.requires_grad)], []
-    for backend in ("auto", "triton"):
+    for backend in ("eager", "triton"):
         with use_backend(backend):
             for x in (wide[..., :12], wide[..., 4:16]):  # contexts and maps lie side by side
                 out = on_map(conv, x.permute(0, 3, 1, 2))

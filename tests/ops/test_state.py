@@ -182,3 +182,14 @@ def test_wrong_tensors_are_named():
         rotation_table(0, 2, 8)
     with pytest.raises(ValueError, match="base=0 must be positive"):
         rotation_table(2, 2, 8, base=0)
+
+
+@pytest.mark.parametrize("mode", ["linear", "channel_softmax"])
+def test_backward_inside_autocast_is_exact(mode):
+    inputs = [torch.randn(1, 4, 5, 2, 8, requires_grad=True) for _ in range(3)]
+    out = state_attention(*inputs, mode=mode)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(out, inputs, grad)
+    assert all(map(torch.equal, expected, actual))

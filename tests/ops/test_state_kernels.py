@@ -32,7 +32,9 @@ def laid_out(B, H, W, heads, d, dtype, layout):
 
 
 def options(mode, H, W, channels):
-    if mode != "rotated":
+    if mode == "channel_softmax":  # scores of about 1: of the gradient of a saturated softmax only rounding is left
+        return dict(mode=mode, scale=(H * W) ** -0.5)
+    if mode == "linear":
         return dict(mode=mode)
     angle = torch.randn(H, W, channels // 2)
     return dict(mode="linear", rotation=(angle.cos().to(DEVICE), angle.sin().to(DEVICE)))
@@ -121,3 +123,11 @@ def test_odd_heads_with_a_rotation_take_pytorchs_operators():
 def test_widest_heads(mode):
     for x, y in zip(*check((2, 20, 13, 2, 128), mode, torch.bfloat16), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_number_that_is_none_is_seen(place):
+    inputs = laid_out(1, 3, 4, 2, 16, torch.float32, "plain")
+    inputs[place][0, 1, 1, 0, 3] = float("nan")
+    with use_backend("triton"):
+        assert state_attention(*inputs)[0, 1, 1, 0].isnan().all()

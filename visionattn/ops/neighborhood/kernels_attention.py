@@ -375,3 +375,8 @@ def query_grad_kernel(
         for i in tl.static_range(len(PARTS)):
             n = PARTS[i][0] + tl.arange(0, PARTS[i][1])
             tl.store(part_ptr + place * (BLOCK_M * COLUMNS) + m[:, None] * COLUMNS + n[None, :], sums[i])
+        WRITTEN: tl.constexpr = PARTS[len(PARTS) - 1][0] + PARTS[len(PARTS) - 1][1]
+        if WRITTEN < COLUMNS:  # half a word, for parts are multiples of 16; sums are taken of whole words
+            n = WRITTEN + tl.arange(0, 16)
+            nothing = tl.zeros([BLOCK_M, 16], tl.float32)
+            tl.store(part_ptr + place * (BLOCK_M * COLUMNS) + m[:, None] * COLUMNS + n[None, :], nothing)

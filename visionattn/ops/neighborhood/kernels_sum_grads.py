@@ -80,7 +80,7 @@ def _weight_grad(
         # by way of memory: as the sum of rows of a matrix it would impose that matrix' layout on all that follows
         tl.store(delta_ptr + pixel, delta, mask=inside)
         tl.debug_barrier()
-        delta = tl.load(delta_ptr + pixel)
+        delta = tl.load(delta_ptr + pixel, mask=inside, other=0.0)  # of another tile's pixels it may not be there yet
         if LSE_GRAD:
             delta -= tl.load(dlse_ptr + pixel)
     tap_row = K * (L_ST if L_ST > 0 else l_st)

@@ -116,24 +116,25 @@ def state_attention_backward(
     """Gradients of query, key and value, contiguous."""
     if use_triton(query) and launcher("state").serves(query, key, value, cos):
         return launcher("state").backward(grad_out, query, key, value, cos, sin, state, norm, scale, eps, softmax)
-    g = _heads_first(_wide(grad_out))
-    if softmax:
-        q, k, v = (_heads_first(_wide(x)) for x in (query, key, value))
-        dq, da = g @ state, g.transpose(2, 3) @ q
-        ds = scale * state * (da - (da * state).sum(dim=-1, keepdim=True))
-        return _heads_last(dq, query), _heads_last(v @ ds.transpose(2, 3), key), _heads_last(k @ ds, value)
-    count = query.shape[1] * query.shape[2]
-    q, turned = _features(query, cos, sin)
-    z = 1 / (q @ norm[..., None] + eps)
-    t = g @ state.transpose(2, 3)
-    dz = -(z**2) * (turned * t).sum(dim=-1, keepdim=True)
-    dq = _back(z * t, query, cos, sin) + dz * norm[:, :, None]
-    ds, dnorm = (z * turned).transpose(2, 3) @ g / count, (dz * q).sum(dim=2, keepdim=True) / count
-    k, turned = _features(key, cos, sin)
-    dk = _back(_heads_first(_wide(value)) @ ds.transpose(2, 3), key, cos, sin) + dnorm
-    # phi' is 1 above 0 and phi itself below
-    dq, dk = dq * q.clamp(max=1.0), dk * k.clamp(max=1.0)
-    return _heads_last(dq, query), _heads_last(dk, key), _heads_last(turned @ ds, value)
+    with torch.autocast(query.device.type, enabled=False):  # a backward pass may run inside its block
+        g = _heads_first(_wide(grad_out))
+        if softmax:
+            q, k, v = (_heads_first(_wide(x)) for x in (query, key, value))
+            dq, da = g @ state, g.transpose(2, 3) @ q
+            ds = scale * state * (da - (da * state).sum(dim=-1, keepdim=True))
+            return _heads_last(dq, query), _heads_last(v @ ds.transpose(2, 3), key), _heads_last(k @ ds, value)
+        count = query.shape[1] * query.shape[2]
+        q, turned = _features(query, cos, sin)
+        z = 1 / (q @ norm[..., None] + eps)
+        t = g @ state.transpose(2, 3)
+        dz = -(z**2) * (turned * t).sum(dim=-1, keepdim=True)
+        dq = _back(z * t, query, cos, sin) + dz * norm[:, :, None]
+        ds, dnorm = (z * turned).transpose(2, 3) @ g / count, (dz * q).sum(dim=2, keepdim=True) / count
+        k, turned = _features(key, cos, sin)
+        dk = _back(_heads_first(_wide(value)) @ ds.transpose(2, 3), key, cos, sin) + dnorm
+        # phi' is 1 above 0 and phi itself below
+        dq, dk = dq * q.clamp(max=1.0), dk * k.clamp(max=1.0)
+        return _heads_last(dq, query), _heads_last(dk, key), _heads_last(turned @ ds, value)
 
 
 @state_attention_backward.register_fake
