@@ -106,7 +106,7 @@ def test_wrong_images_and_arguments_are_named():
         FSGNet(depths=(1, 1))
     with pytest.raises(ValueError, match="'radius'"):
         FSGNet(base_c=4, guided=False, radius=3)
-    with pytest.raises(ValueError, match="did you mean .*biformer_s"):
+    with pytest.raises(ValueError, match="nearest: .*biformer_s"):
         FSGNetDecoder("biformer_small")
     with pytest.raises(ValueError, match="attention='global'"):
         FSGNet(base_c=4, attention="global")

@@ -179,7 +179,7 @@ def test_position_is_that_of_the_centres():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(backbone="no_such_net"), "backbone='no_such_net' is no model of timm"),
+        (dict(backbone="no_such_net"), "unknown backbone 'no_such_net'; nearest"),
         (dict(backbone="test_activator"), r"has maps of strides \[.*\] and none of 16"),
         (dict(mask_token="mine"), "mask_token='mine' is not one of 'first', 'own'"),
         (dict(num_classes=0), "num_classes=0"),

@@ -112,3 +112,20 @@ def test_wrong_arguments_are_named():
         MultiScaleAttention(levels=4, size=None)(torch.zeros(1, 3, 2, 8))
     with pytest.raises(ValueError, match="expected a map"):
         Medusa("test_vit", img_size=64, **SMALL)(torch.zeros(1, 3, 64, 64))
+
+
+def test_stages_that_are_passed_by_are_named():
+    model = Medusa("resnet18", num_classes=2, body_dim=4, body_levels=2, body_size=None).train()
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="passes by its modules .*layer1.*turn off gradient checkpointing"):
+        model(torch.randn(2, 3, 64, 64))
+
+
+def test_maps_with_channels_last_are_gated_along_their_channels():
+    model = Medusa("swin_tiny_patch4_window7_224", num_classes=2, img_size=384, stages=(0,), body_dim=4, body_levels=2)
+    gate, x = model.gates[0], torch.randn(1, 96, 96, 96)
+    with torch.no_grad():
+        gate.conv.bias[5] = 1.0
+        out = gate(x, torch.zeros(1, 4, 96, 96))
+    changed = (out != x).flatten(0, 2).any(0)
+    assert changed.nonzero().tolist() == [[5]]

@@ -27,7 +27,7 @@ def test_bottleneck_acts_on_the_deepest_map_and_learns(kind):
     model = Segmenter("test_biformer", "unet", bottleneck=kind).train()
     x = torch.randn(2, 3, 64, 64)
     model(x).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.bottleneck.attention.qkv.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.bottleneck.attn.qkv.parameters())
     with torch.no_grad():
         model.eval()
         before = model(x)
@@ -42,7 +42,7 @@ def test_bottleneck_acts_on_the_deepest_map_and_learns(kind):
         (dict(decoder="unett"), "nearest: unet"),
         (dict(decoder="deeplabv3"), "output_stride"),
         (dict(backbone="biformer_small"), "unknown backbone 'biformer_small'; nearest: .*biformer_s"),
-        (dict(bottleneck="rooted"), "nearest: routed"),
+        (dict(bottleneck="rooted"), "must be one of routed, neighborhood"),
         (dict(decoder="dpt", bottleneck="routed"), "not for the decoder dpt"),
         (dict(num_classes=0), "must be at least 1"),
         (dict(decoder_kwargs=dict(no_such=1)), "does not fit backbone"),

@@ -1,9 +1,32 @@
 """Backbones by their names in timm, with errors that say what else there is."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import timm
+
+
+def check_name(name: str, names: Sequence[str], what: str) -> None:
+    """Refuse a name that is not in a list.
+
+    Raises:
+        ValueError: It is not; the nearest ones are named.
+    """
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or list(names)[:10]
+        raise ValueError(f"unknown {what} {name!r}; nearest: {', '.join(near)}")
+
+
+def check_backbone(name: str) -> None:
+    """Refuse a name, with or without a tag, that timm does not know; those of a hub or folder (``hf-hub:``) pass.
+
+    Raises:
+        ValueError: timm knows no such model.
+    """
+    bare = name.split(".")[0]
+    if ":" not in name and not timm.is_model(bare):
+        check_name(bare, timm.list_models(), "backbone")
 
 
 def create_backbone(name: str, **kwargs: Any) -> Any:
@@ -16,8 +39,5 @@ def create_backbone(name: str, **kwargs: Any) -> Any:
     Raises:
         ValueError: timm knows no such model.
     """
-    bare = name.split(".")[0]
-    if ":" not in name and not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, timm.list_models(), n=3) or ["biformer_t", "resnet50"]
-        raise ValueError(f"backbone={name!r} is no model of timm's; did you mean {', '.join(near)}?")
+    check_backbone(name)
     return timm.create_model(name, **kwargs)

@@ -139,15 +139,12 @@ class BackboneEncoder(nn.Module):
         As ``FSGNetEncoder``.
 
     Raises:
-        ValueError: timm has no such backbone, or it gives no maps.
+        ValueError: timm has no such backbone.
     """
 
     def __init__(self, backbone: str, base_c: int, in_chans: int = 3, pretrained: bool = False, **kwargs: Any):
         super().__init__()
-        try:
-            network = create_backbone(backbone, pretrained=pretrained, features_only=True, in_chans=in_chans, **kwargs)
-        except (AttributeError, NotImplementedError) as error:
-            raise ValueError(f"backbone={backbone!r} gives no maps (features_only: {error}); take another") from error
+        network = create_backbone(backbone, pretrained=pretrained, features_only=True, in_chans=in_chans, **kwargs)
         self.backbone = network
         strides, dims = network.feature_info.reduction(), network.feature_info.channels()
         # for each stride the deepest map that is not coarser, or else the first
@@ -310,7 +307,7 @@ class FSGNetDecoder(_VesselNet):
         As ``FSGNet``; a backbone may ask for larger images or for certain sizes.
 
     Raises:
-        ValueError: As ``FSGNet``, or timm has no such backbone, or it gives no maps.
+        ValueError: As ``FSGNet``, or timm has no such backbone.
     """
 
     def __init__(

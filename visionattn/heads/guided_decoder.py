@@ -4,17 +4,14 @@ Paper: arXiv:2501.18921. Code: ZombaSY/FSG-Net-pytorch, ``models/backbones/FSGNe
 published names.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
-from visionattn.layers import NeighborhoodAttention, RoutingAttention
+from visionattn.heads.bottleneck import BottleneckAttention
 from visionattn.layers.guided_filter import AttentionGuidedFilter, resize
-
-ATTENTIONS = ("routed", "neighborhood")
-HEAD_DIM = 32
 
 
 def half_size(x: Tensor) -> tuple[int, int]:
@@ -87,38 +84,7 @@ class ResidualConv(nn.Module):
         return self.conv_block(x) + self.conv_skip(x)
 
 
-class BottleneckAttention(nn.Module):
-    """A transformer block at the bottom of a decoder: ``x += attention(norm(x)); x += mlp(norm(x))``.
-
-    Args:
-        dim: Channels; heads have 32 of them, or all where 32 does not divide them.
-        attention: ``"routed"`` (``RoutingAttention``) or ``"neighborhood"`` (``NeighborhoodAttention``).
-
-    Shape:
-        x: ``[B, C, H, W]``; returns the same.
-
-    Raises:
-        ValueError: Another ``attention``.
-    """
-
-    def __init__(self, dim: int, attention: str):
-        super().__init__()
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention={attention!r} must be one of {ATTENTIONS}, or None for no block")
-        heads = dim // HEAD_DIM if dim % HEAD_DIM == 0 else 1
-        cls = RoutingAttention if attention == "routed" else NeighborhoodAttention
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = cls(dim, heads)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x.permute(0, 3, 1, 2)
-
-
-class _Decoder(nn.Module):
+class _Decoder(nn.Module, ABC):
     """What the guided decoder and its ablation share: residual convolutions and the three output layers."""
 
     def __init__(self, base_c: int, num_classes: int):
@@ -130,9 +96,9 @@ class _Decoder(nn.Module):
         self.output_layer2 = nn.Sequential(nn.Conv2d(2 * base_c, num_classes, 1))
         self.output_layer1 = nn.Sequential(nn.Conv2d(base_c, num_classes, 1))
 
+    @abstractmethod
     def _decode(self, scale: int, skip: Tensor, full: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """Full-scale map and decoded map of one scale, from those of the scale below."""
-        raise NotImplementedError
 
     def _begin(self, bottom: Tensor) -> Tensor:
         return bottom

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from visionattn.heads._backbones import create_backbone
 from visionattn.heads.mask_decoder import PUBLISHED_MASKS, MaskDecoder
 from visionattn.ops import crop, pad_to_multiple
 
@@ -94,7 +95,7 @@ class HERSeg(nn.Module):
         self.backbone_kwargs = {"in_chans": in_chans, **(backbone_kwargs or {})}
         level = _level_of_stride_16(backbone, self.backbone_kwargs)
         self.backbone_kwargs |= dict(features_only=True, out_indices=(level,))
-        encoder: Any = timm.create_model(backbone, pretrained=pretrained_backbone, **self.backbone_kwargs)
+        encoder = create_backbone(backbone, pretrained=pretrained_backbone, **self.backbone_kwargs)
         self.backbone = encoder
         channels = encoder.feature_info.channels()[-1]
         self.decoder = MaskDecoder(channels, num_classes, mask_token, **(decoder_kwargs or {}))
@@ -199,9 +200,7 @@ def _kind(module: nn.Module) -> dict[str, Any]:
 
 def _level_of_stride_16(backbone: str, kwargs: dict[str, Any]) -> int:
     """Index of the deepest level of a backbone whose stride is 16."""
-    if not timm.is_model(backbone):
-        raise ValueError(f"backbone={backbone!r} is no model of timm; timm.list_models() and visionattn.list_models()")
-    info: Any = timm.create_model(backbone, features_only=True, **kwargs).feature_info
+    info = create_backbone(backbone, features_only=True, **kwargs).feature_info
     levels = [i for i, reduction in zip(info.out_indices, info.reduction(), strict=True) if reduction == STRIDE]
     if not levels:
         raise ValueError(

@@ -17,6 +17,7 @@ from timm.layers import LayerNorm2d, register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.layers import MapSequential, add_normalize, normalize, on_map, project
+from visionattn.layers.channels_last import bare
 
 MASK_TOKENS = ("first", "own")
 PUBLISHED_MASKS = 3  # mask tokens of the published network, of which it shows the first
@@ -56,8 +57,11 @@ class TokenAttention(nn.Module):
     @staticmethod
     def _placed(layer: nn.Linear, x: Tensor, position: Tensor | None) -> Tensor:
         """``layer(x + position)`` without keeping the sum of the size of the map for the backward pass."""
-        y = project(layer, x)
-        return y if position is None else y + F.linear(position, layer.weight)
+        if position is None:
+            return project(layer, x)
+        if type(layer) is not nn.Linear or not bare(layer, x):  # an adapter or a hook must see the sum
+            return layer(x + position)
+        return project(layer, x) + F.linear(position, layer.weight)
 
     def forward(
         self, x: Tensor, y: Tensor, x_position: Tensor | None = None, y_position: Tensor | None = None

@@ -104,42 +104,41 @@ class StageGate(nn.Module):
         features: Channels of the stage.
         per_channel: A factor for each channel; else one for all.
         name: Module of the backbone, for messages.
+        channels_last: The stage gives ``[B, H, W, C]``.
     """
 
-    def __init__(self, dim: int, features: int, per_channel: bool, name: str):
+    def __init__(self, dim: int, features: int, per_channel: bool, name: str, channels_last: bool = False):
         super().__init__()
         self.conv = nn.Conv2d(dim, features if per_channel else 1, 3, padding=1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-        self.features, self.name = features, name
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
+        self.features, self.name, self.channels_last = features, name, channels_last
         self.shared: Tensor | None = None
 
     def forward(self, features: Tensor, shared: Tensor) -> Tensor:
-        last = features.shape[1] != self.features and features.shape[-1] == self.features  # [B, H, W, C]
-        x = features.permute(0, 3, 1, 2) if last else features
+        x = features.permute(0, 3, 1, 2) if self.channels_last else features
         # means first: plain resizing would look at few pixels of a much larger map, and the gradient of resizing with
         # antialiasing has no deterministic form on a GPU
         if (factor := min(shared.shape[2] // x.shape[2], shared.shape[3] // x.shape[3])) > 1:
             shared = F.avg_pool2d(shared, factor)
         gate = self.conv(F.interpolate(shared, size=x.shape[2:], mode="bilinear")).tanh()
         x = torch.addcmul(x, x, gate.to(x.dtype))
-        return x.permute(0, 2, 3, 1) if last else x
+        return x.permute(0, 2, 3, 1) if self.channels_last else x
 
     def on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the stage; without a shared map the stage's output stays as it is."""
-        if self.shared is None:
+        shared, self.shared = self.shared, None  # so that Medusa sees which gates ran
+        if shared is None:
             return output
-        if (
-            not isinstance(output, Tensor)
-            or output.ndim != 4
-            or self.features not in (output.shape[1], output.shape[3])
-        ):
+        axis = 3 if self.channels_last else 1
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[axis] != self.features:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            wanted = f"[B, H, W, {self.features}]" if self.channels_last else f"[B, {self.features}, H, W]"
             raise ValueError(
-                f"the backbone's module {self.name!r} returns {found}, expected a map [B, {self.features}, H, W] or "
-                f"[B, H, W, {self.features}]; name other stages, or take a backbone whose stages return maps"
+                f"the backbone's module {self.name!r} returns {found}, expected a map {wanted}; name other stages, or "
+                "take a backbone whose stages return maps"
             )
-        return self(output, self.shared)
+        return self(output, shared)
 
 
 class Medusa(nn.Module):
@@ -168,7 +167,8 @@ class Medusa(nn.Module):
 
     Raises:
         ValueError: A backbone that timm does not have or that names no stages, stages that it has not, or whose output
-            is no map.
+            is no map; in ``forward``, a backbone that does not call a stage's module, as some do when they recompute
+            activations.
     """
 
     def __init__(
@@ -199,13 +199,14 @@ class Medusa(nn.Module):
         self.body = MultiScaleAttention(in_chans, body_dim, body_levels, body_size, grey)
         self.gates = nn.ModuleList()
         modules = dict(self.backbone.named_modules())
+        channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         for i in wanted:
             name = info[i]["module"]
             if name not in modules:
                 raise ValueError(
                     f"{backbone!r} has no module {name!r} that its feature_info names; leave out stage {i}"
                 )
-            gate = StageGate(body_dim, info[i]["num_chs"], per_channel, name)
+            gate = StageGate(body_dim, info[i]["num_chs"], per_channel, name, channels_last)
             # a bound method, which a deep copy of the model binds to the copy's own gate
             modules[name].register_forward_hook(gate.on_output)
             self.gates.append(gate)
@@ -216,14 +217,17 @@ class Medusa(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Gated map of the last stage, as the backbone gives it."""
-        shared = self.body(x)
-        for gate in self.gates:
+        shared, gates = self.body(x), [gate for gate in self.gates if isinstance(gate, StageGate)]
+        for gate in gates:
             gate.shared = shared
         try:
-            return self.backbone.forward_features(x)
+            features = self.backbone.forward_features(x)
+            if left := [gate.name for gate in gates if gate.shared is not None]:
+                raise ValueError(f"the backbone passes by its modules {left}; turn off gradient checkpointing")
+            return features
         finally:
-            for gate in self.gates:
-                gate.shared = None  # type: ignore[assignment]
+            for gate in gates:
+                gate.shared = None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or the pooled features, of the backbone's map."""

@@ -3,18 +3,15 @@
 Decoders: https://github.com/qubvel-org/segmentation_models.pytorch, whose ``tu-NAME`` encoders take timm's names.
 """
 
-import difflib
 from collections.abc import Sequence
-from math import gcd
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionattn.layers.neighborhood_attention import NeighborhoodAttention
-from visionattn.layers.routing_attention import RoutingAttention
+from visionattn.heads._backbones import check_backbone, check_name
+from visionattn.heads.bottleneck import BottleneckAttention
 
 DECODERS = dict(
     unet="Unet",
@@ -29,35 +26,8 @@ DECODERS = dict(
     pan="PAN",
 )
 """Names of decoders and their classes in segmentation_models_pytorch."""
-BOTTLENECKS = ("routed", "neighborhood")
 # below this side the pooling pyramid of PAN has no pixel left
 _LEAST = dict(pan=256)
-
-
-def _known(name: str, names: Sequence[str], what: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or list(names)[:10]
-        raise ValueError(f"unknown {what} {name!r}; nearest: {', '.join(near)}")
-
-
-class BottleneckAttention(nn.Module):
-    """``x + attention(norm(x))`` on a map ``[B, C, H, W]``.
-
-    Args:
-        dim: Channels.
-        kind: ``"routed"`` (bi-level routing of BiFormer) or ``"neighborhood"`` (of NAT).
-        kwargs: Arguments of the attention layer.
-    """
-
-    def __init__(self, dim: int, kind: str, **kwargs: Any):
-        super().__init__()
-        heads = kwargs.pop("num_heads", dim // gcd(dim, 32))
-        layer = RoutingAttention if kind == "routed" else NeighborhoodAttention
-        self.norm = nn.LayerNorm(dim)
-        self.attention = layer(dim, heads, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(self.norm(x.permute(0, 2, 3, 1).contiguous())).permute(0, 3, 1, 2)
 
 
 class Segmenter(nn.Module):
@@ -105,13 +75,10 @@ class Segmenter(nn.Module):
                 f"decoder={decoder!r} needs a backbone with output_stride, which attention backbones do not offer; "
                 f"take one of {', '.join(DECODERS)}"
             )
-        _known(decoder, list(DECODERS), "decoder")
-        if not timm.is_model(backbone.split(".")[0]):
-            _known(backbone, timm.list_models(), "backbone")
-        if bottleneck is not None:
-            _known(bottleneck, BOTTLENECKS, "bottleneck")
-            if decoder == "dpt":
-                raise ValueError("bottleneck is not for the decoder dpt, whose maps are all of one depth's tokens")
+        check_name(decoder, list(DECODERS), "decoder")
+        check_backbone(backbone)
+        if bottleneck is not None and decoder == "dpt":
+            raise ValueError("bottleneck is not for the decoder dpt, whose maps are all of one depth's tokens")
         if num_classes < 1 or in_chans < 1:
             raise ValueError(f"num_classes={num_classes} and in_chans={in_chans} must be at least 1")
         self.in_chans, self.num_classes, self.decoder_name = in_chans, num_classes, decoder
@@ -151,7 +118,7 @@ class Segmenter(nn.Module):
 
         Args:
             parts: Of ``"encoder"``, ``"decoder"`` (both: a linear probe), ``"batchnorm"`` (every BatchNorm keeps its
-                statistics), or beginnings of the backbone's parameter names, for example ``"stages_0"``.
+                statistics), or names of the backbone's modules, for example ``"stages_0"``.
 
         Raises:
             ValueError: A part that names nothing.
