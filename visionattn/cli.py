@@ -52,12 +52,14 @@ def train_command(args: argparse.Namespace) -> None:
 
 
 def _segmentation(run: str) -> bool:
-    """Whether a run is of a segmentation."""
-    if any(find_spec(name) is None for name in ("monai", "tifffile", "segmentation_models_pytorch")):
-        return False
-    from visionattn.tasks.segmentation_inference import is_segmentation
+    """Whether a run is of a segmentation, whose packages must then be there."""
+    from visionattn.tasks.inference import is_segmentation
 
-    return is_segmentation(run)
+    found = is_segmentation(run)
+    missing = [name for name in ("monai", "tifffile", "segmentation_models_pytorch") if find_spec(name) is None]
+    if found and missing:
+        raise ImportError(f'{run} is a segmentation ({", ".join(missing)} missing): pip install "visionattn[seg]"')
+    return found
 
 
 def eval_command(args: argparse.Namespace) -> None:
@@ -245,7 +247,7 @@ def _add_using(commands: Any) -> None:
     command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
     command.add_argument("--task", choices=("classification", "segmentation"), help="by default the run's")
-    command.add_argument("--window", type=int, default=512, help="of a segmentation: side of the windows (default 512)")
+    command.add_argument("--window", type=int, help="of a segmentation: side of the windows (default: the run's)")
     command.add_argument("--flips", action="store_true", help="of a segmentation: average over reflections")
     command.add_argument(
         "--output",

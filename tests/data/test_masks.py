@@ -170,3 +170,12 @@ def test_depth_of_images_is_kept(tmp_path):
         read_pixels(tmp_path / "bad.tif")
     with pytest.raises(FileNotFoundError, match="none.png"):
         read_pixels(tmp_path / "none.png")
+
+
+def test_patients_of_folders_that_are_split_already_are_known(tmp_path):
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / split / kind / "p1_a.png")
+    assert MaskFolder(tmp_path, "train").groups == []
+    assert MaskFolder(tmp_path, "train", group_pattern="^(p1)_").groups == ["p1"]

@@ -8,6 +8,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, generate_uid
 
+from visionattn.data import volumes
 from visionattn.data.volumes import DicomSlices, NiftiSlices, read_dicom, window_values
 
 
@@ -124,9 +125,14 @@ def test_nifti_slices(tmp_path):
     assert sample.image.shape == (4, 5, 1) and sample.mask[1, 2] == 2 and sample.mask.sum() == 2
     assert sample.spacing == pytest.approx((0.7, 0.8)) and sample.name == "case_1_0003"
     assert np.allclose(sample.image[..., 0] * 120, values[..., 3])
-    front = NiftiSlices(tmp_path, "val", classes, axis=0, keep_empty=False)
+    assert len(NiftiSlices(tmp_path, "val", classes, axis=0, keep_empty=False)) == 4  # evaluation takes all
+    front = NiftiSlices(tmp_path, "train", classes, axis=0, keep_empty=False)
     assert len(front) == 1 and front[0].mask[2, 3] == 2 and front[0].spacing == pytest.approx((0.8, 2.5))
     with pytest.raises(ValueError, match=r"outside the 2 classes: \[2"):
+        NiftiSlices(tmp_path, "val")[3]
+    write_nifti(tmp_path / "val" / "masks" / "case_1.nii.gz", np.uint8(mask // 2 * 255))
+    volumes._volume.cache_clear()
+    with pytest.raises(ValueError, match="values 0 and 255, expected 0 and 1; write 1 for 'foreground'"):
         NiftiSlices(tmp_path, "val")[3]
     write_nifti(tmp_path / "train" / "masks" / "case_1.nii.gz", mask[:3])
     with pytest.raises(ValueError, match=r"shape \(4, 5, 6\), its label map .* \(3, 5, 6\)"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import inputs
 from monai.losses import DiceLoss
@@ -12,7 +13,9 @@ from PIL import Image
 
 from visionattn.cli import main
 from visionattn.data.segmentation import IGNORE
-from visionattn.tasks.segmentation import LOSSES, MaskLoss
+from visionattn.tasks import segmentation_inference as inference
+from visionattn.tasks.segmentation import LOSSES, MaskLoss, Segmentation
+from visionattn.tasks.segmentation_data import make_network
 from visionattn.tasks.segmentation_inference import load_masker
 from visionattn.tasks.training import learning_rate_factor
 
@@ -24,7 +27,8 @@ SMALL = [
     "+model.decoder_kwargs.decoder_channels=[16,16,8,8,8]",
     "~data.source",
     "+data.source._target_=segmentation_source.Squares",
-    "data.root=unused",
+    "+data.source.count=${data.root}",
+    "data.root=4",
     "+data.transform.recipe=default",
     "+data.transform.size=32",
     "data.batch_size=2",
@@ -88,9 +92,69 @@ def test_predict_writes_masks(run, tmp_path):
         main(["predict", "--run", str(run), str(tmp_path / "b.png"), "--output", str(tmp_path / "out")])
 
 
+def test_eval_takes_another_root_than_the_training(run, capsys):
+    main(["eval", str(run), "data.root=3"])
+    assert json.loads((run / "eval" / "val" / "metrics.json").read_text())["classes"]["square"]["images"] == 3
+
+
+def test_predict_reads_at_full_depth_and_cuts_like_the_evaluation(run, tmp_path, monkeypatch):
+    calls, find = [], inference.probabilities
+    monkeypatch.setattr(inference, "probabilities", lambda *a, **k: calls.append((a[1], a[2], k)) or find(*a, **k))
+    pixels = np.random.default_rng(0).integers(0, 4000, (40, 61), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    main(["predict", "--run", str(run), str(tmp_path / "a.tif"), "--output", str(tmp_path)])
+    main(["predict", "--run", str(run), str(tmp_path / "a.tif"), "--output", str(tmp_path), "--window", "32"])
+    assert len(calls[0][0].unique()) > 2000 and [call[1] for call in calls] == [None, 32]
+    assert not calls[0][2]["flips"]
+
+
+def test_large_files_are_cut_into_tiles_where_the_transform_allows(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "_LARGE", 1000)
+    Image.fromarray(np.full((40, 61), 7, np.uint8)).save(tmp_path / "a.png")
+    (target,) = inference.predict_masks(run, [str(tmp_path / "a.png")], tmp_path, window=32)
+    assert tifffile.imread(target).shape == (40, 61)
+    masker = load_masker(run)
+    monkeypatch.setattr(inference, "load_masker", lambda run: masker)
+    masker.transform["recipe"] = "herseg"
+    with pytest.raises(ValueError, match="more than 1000 pixels.*needs whole images"):
+        inference.predict_masks(run, [str(tmp_path / "a.png")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "visionattn.heads.fsgnet.torch.hub.load",
+        "visionattn.heads.fsgnet.Path",
+        "visionattn.heads.nothing.X",
+    ],
+)
+def test_checkpoints_name_nothing_but_networks(target):
+    with pytest.raises(ValueError, match="gives no masks"):
+        make_network({"_target_": target}, ["background", "x"], 3)
+
+
+def test_networks_call_nothing_that_their_arguments_name():
+    network = {"_target_": "visionattn.heads.herseg.HERSeg", "backbone": "test_lgvit"}
+    with pytest.raises(TypeError, match="_target_"):
+        make_network({**network, "decoder_kwargs": {"_target_": "builtins.dict"}}, ["background", "x"], 3)
+
+
+def test_undefined_dice_is_no_number():
+    task = Segmentation.__new__(Segmentation)
+    logged = {}
+    torch.nn.Module.__init__(task)
+    task.num_classes, task.counts = 1, torch.zeros(19, 4, dtype=torch.float64)
+    task.all_gather, task.log, task._hparams = lambda x: x, lambda name, value, **_: logged.update({name: value}), {}
+    task._log_hyperparams, task._hparams_name = False, "hparams"
+    task.on_validation_epoch_end()
+    assert np.isnan(logged["val/dice"]) and np.isnan(logged["val/dice_at_half"])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        ("model.decoder=upernet data.batch_size=1", "needs two images in a batch"),
         ("task.loss=dice2", "loss='dice2' must be one of"),
         ("task.schedule=step", "schedule='step' must be one of"),
         ("task.freeze=[stage9]", "names no part"),
@@ -101,7 +165,7 @@ def test_predict_writes_masks(run, tmp_path):
 def test_wrong_settings_end_with_one_line(change, message, tmp_path):
     changes = [c for c in SMALL if not (change == "model=biformer_nano" and "model" in c)]
     with pytest.raises(SystemExit, match=message):
-        main(["train", *changes, f"output_dir={tmp_path}", change])
+        main(["train", *changes, f"output_dir={tmp_path}", *change.split()])
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -76,3 +76,18 @@ def test_wrong_files_are_named(tmp_path):
         TiledImage(tmp_path / "b.tif")
     with pytest.raises(ValueError, match="tile=100"):
         segment_file(tmp_path / "b.tif", tmp_path / "m.tif", lambda p: p, tile=100)
+
+
+def test_empty_tiles_and_other_channels(tmp_path):
+    grey = np.zeros((64, 64), np.uint8)
+    grey[:, 40:] = 9
+    tifffile.imwrite(tmp_path / "a.tif", grey, tile=(32, 32))
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as file:
+        file.pages[0].tags["TileByteCounts"].overwrite([0, 1024, 0, 1024])
+    image = TiledImage(tmp_path / "a.tif")
+    assert np.array_equal(image.read(0, 0, 64, 64), np.repeat(grey[..., None], 3, 2))
+    Image.fromarray(np.stack([grey] * 3, 2)).save(tmp_path / "b.png")
+    assert np.array_equal(TiledImage(tmp_path / "b.png", 1).read(0, 0, 64, 64), grey[..., None])
+    tifffile.imwrite(tmp_path / "c.tif", grey, photometric="miniswhite")
+    with pytest.raises(ValueError, match="MINISWHITE; convert it to RGB or grey"):
+        TiledImage(tmp_path / "c.tif")

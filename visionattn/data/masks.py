@@ -53,10 +53,10 @@ def read_pixels(path: str | Path, in_chans: int = 3) -> np.ndarray:
         if deep is None:
             raise ValueError(f"cannot read image {path}: {error}; repair or remove it") from error
         pixels = deep
-    if pixels.dtype.kind in "iu":
+    if pixels.dtype.kind in "iu" and pixels.dtype != np.uint8:
         fits = pixels.min() >= 0 and pixels.max() < 2**16
         pixels = pixels.astype(np.uint16 if fits else np.float32)
-    return _with_channels(pixels.astype(np.float32) if pixels.dtype.kind == "f" else pixels, in_chans)
+    return with_channels(pixels.astype(np.float32) if pixels.dtype.kind == "f" else pixels, in_chans)
 
 
 def _read_deep(path: Path) -> np.ndarray | None:
@@ -72,8 +72,11 @@ def _read_deep(path: Path) -> np.ndarray | None:
     return pixels if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4)) else None
 
 
-def _with_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
+def with_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
+    """Pixels ``[H, W]`` or ``[H, W, C]`` as ``[H, W, in_chans]``: grey repeated, RGB averaged, opacity dropped."""
+    if pixels.ndim == 2 or pixels.shape[2] == 2:  # grey, or grey with opacity
+        pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
+    pixels = pixels[..., :3]
     if pixels.shape[2] == in_chans:
         return np.ascontiguousarray(pixels)
     if in_chans == 3:
@@ -338,6 +341,8 @@ class MaskFolder:
         shares = dict(val=val, test=test, seed=seed, fold=fold, folds=folds)
         kept = numbers_of_split(groups, split, mixed, image_folder, shares)
         self.samples = [(*pairs[i], groups[i]) for i in kept]
+        # only a pattern tells patients; equal names in folders of splits may be different images
+        self.groups = [groups[i] for i in kept] if group_pattern else []
 
     def __len__(self) -> int:
         return len(self.samples)

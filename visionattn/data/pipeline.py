@@ -56,9 +56,7 @@ class Samples(Dataset):
         for step in range(len(self) if self.replace else 1):
             j = (i + step) % len(self)
             try:
-                image, label, name = self.source[j]
-                with seeded(seed_from(self.seed, epoch, position)):
-                    return dict(image=self.transform(image), label=label, name=name, skipped=skipped)
+                return dict(**self._sample(j, seed_from(self.seed, epoch, position), skipped), skipped=skipped)
             except (ValueError, FileNotFoundError) as error:
                 if self.on_error == "raise":
                     raise ValueError(f"{error} (or set data.on_error=skip)") from error
@@ -66,6 +64,12 @@ class Samples(Dataset):
         if self.replace:
             raise ValueError(f"none of the {len(self)} images can be read; the first error: {skipped[0]}")
         return dict(skipped=skipped)
+
+    def _sample(self, i: int, seed: int, skipped: list[str]) -> Batch:
+        """Image ``i`` transformed under generators of ``seed``; ``skipped`` takes what else could not be read."""
+        image, label, name = self.source[i]
+        with seeded(seed):
+            return dict(image=self.transform(image), label=label, name=name)
 
 
 def collate(items: list[Batch]) -> Batch:

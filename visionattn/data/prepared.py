@@ -50,6 +50,7 @@ class PreparedDataset:
             counts = {key: len(items) for key, items in self.info["splits"].items()}
             raise ValueError(f"{root} has no image in split {split!r}, only {counts}; prepare the whole set")
         self.unlabelled = set(self.info["unlabelled"])
+        _check_names(self.names, self.root)
         missing = [path for item in self.names for path in self._files(item) if not path.is_file()]
         if missing:
             raise FileNotFoundError(f"{len(missing)} files are missing, first {missing[0]}; prepare the set anew")
@@ -92,6 +93,12 @@ def _read_info(root: Path) -> dict:
     if info["format"] != FORMAT:
         raise ValueError(f"{path} has format {info['format']}, expected {FORMAT}; prepare the set anew")
     return info
+
+
+def _check_names(names: list[str], where: Path) -> None:
+    """Refuse names that lead out of a folder."""
+    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{where} names {strange[0]!r}, expected the name of a file without folders")
 
 
 class HERSegSplit:
@@ -140,6 +147,7 @@ class HERSegSplit:
             if shared:
                 raise ValueError(f"{path}: {len(shared)} images are in {one} and in {other}, first {shared[0]!r}")
         names = splits["valid" if split == "val" else split]
+        _check_names(names, path)
         self.in_chans = in_chans
         self.samples = [(item, Path(root, images, f"{item}.png"), Path(root, masks, f"{item}.png")) for item in names]
         missing = [file for _, *files in self.samples for file in files if not file.is_file()]

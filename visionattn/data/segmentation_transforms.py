@@ -2,7 +2,8 @@
 
 Recipes:
 
-- ``default``: random resized crop, both flips, turns by 90 degrees, colour jitter, optionally elastic deformation.
+- ``default``: scaled by U(0.75, 1.33), crop, both flips, turns by 90 degrees, colour jitter, optionally elastic
+  deformation. Structures keep about the size that they have when evaluating.
 - ``fsgnet``: FSG-Net, the full-scale guided network for retinal vessels (arXiv 2501.18921,
   github.com/ZombaSY/FSG-Net-pytorch): cut-mix with another training image, each side scaled by U(0.5, 2), crop,
   flip, colour jitter, blur, perspective. Pixels that scaling or perspective bring in are black background, as there.
@@ -56,11 +57,11 @@ def to_unit(pixels: np.ndarray, intensity: str = "range") -> Tensor:
 class SegmentationTransform:
     """Sample to tensors.
 
-    Returns a dict of ``image`` float32 ``[C, h, w]``, normalised; ``mask`` int64 ``[h, w]``; ``field`` bool
-    ``[h, w]``; ``name``, ``group`` and ``spacing`` (millimetres per pixel of the result when evaluating, None when
-    training). When evaluating, the mask is ``IGNORE`` outside the field of view, and everywhere where the source
-    has no truth; the image keeps its own size but for the recipes that resize (``herseg``, ``none``). When training,
-    ``field`` is True throughout: what lies outside the field of view is background and is learnt as such.
+    Returns a dict of ``image`` float32 ``[C, h, w]``, normalised; ``mask`` int64 ``[h, w]``; ``name``, ``group`` and
+    ``spacing`` (millimetres per pixel of the mask when evaluating, None when training). When evaluating, the mask is
+    ``IGNORE`` outside the field of view, and everywhere where the source has no truth; images keep their size but for
+    the recipes that resize (``herseg``, ``none``), whose masks keep it: probabilities are to be enlarged to the mask.
+    When training, what lies outside the field of view is background and is learnt as such.
 
     Args:
         recipe: One of ``RECIPES``.
@@ -104,8 +105,6 @@ class SegmentationTransform:
 
     def __call__(self, sample: Sample, partner: Sample | None = None) -> dict[str, Any]:
         image, mask = self._pair(sample)
-        field = torch.ones(image.shape[-2:], dtype=torch.bool)
-        spacing = sample.spacing
         if self.train:
             if sample.mask is None:
                 raise ValueError(f"{sample.name} has no mask, so it cannot be trained on; choose another split")
@@ -113,21 +112,21 @@ class SegmentationTransform:
                 image, mask = cut_mix((image, mask), self._pair(partner))
             if self.recipe == "fsgnet":
                 image, mask = rescale_sides(image, mask)
+            elif self.recipe == "default":
+                image, mask = rescale_sides(image, mask, 1.0, (0.75, 1.33), together=True)
             image, mask = self.augment(image, mask)
-            field, spacing = torch.ones(image.shape[-2:], dtype=torch.bool), None
         else:
             if sample.field is not None:
                 field = torch.from_numpy(np.ascontiguousarray(sample.field, dtype=bool))
+                mask = tv_tensors.Mask(torch.where(field, mask.as_subclass(Tensor), IGNORE))
             if self.resizes:
-                image, mask, field, spacing = self._resize(image, mask, field, spacing)
-            mask = torch.where(field, mask.as_subclass(Tensor), IGNORE)
+                image = v2.Resize(self.size, antialias=True)(image)
         return dict(
             image=self._normalize(image.as_subclass(Tensor), sample.name),
             mask=mask.as_subclass(Tensor).contiguous(),
-            field=field,
             name=sample.name,
             group=sample.group,
-            spacing=spacing,
+            spacing=None if self.train else sample.spacing,
         )
 
     def _pair(self, sample: Sample) -> Pair:
@@ -137,16 +136,6 @@ class SegmentationTransform:
             raise ValueError(f"{sample.name}: {error}") from error
         labels = np.full(sample.image.shape[:2], IGNORE) if sample.mask is None else sample.mask
         return image, tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)))
-
-    def _resize(
-        self, image: tv_tensors.Image, mask: tv_tensors.Mask, field: Tensor, spacing: tuple[float, float] | None
-    ) -> tuple[tv_tensors.Image, tv_tensors.Mask, Tensor, tuple[float, float] | None]:
-        height, width = image.shape[-2:]
-        image, mask = v2.Resize(self.size, antialias=True)(image, mask)
-        field = F.resize(tv_tensors.Mask(field.to(torch.uint8)[None]), self.size).as_subclass(Tensor)[0].bool()
-        if spacing is not None:
-            spacing = spacing[0] * height / self.size[0], spacing[1] * width / self.size[1]
-        return image, mask, field, spacing
 
     def _normalize(self, image: Tensor, name: str) -> Tensor:
         chans = image.shape[0]
@@ -176,7 +165,7 @@ def _augmentation(recipe: str, size: list[int], elastic: float) -> nn.Module:
     outside: Any = {tv_tensors.Image: 0.0, tv_tensors.Mask: IGNORE}
     if recipe == "default":
         steps: list[nn.Module] = [
-            v2.RandomResizedCrop(size, scale=(0.25, 1.0), antialias=True),
+            v2.RandomCrop(size, pad_if_needed=True, fill=outside),
             v2.RandomHorizontalFlip(),
             v2.RandomVerticalFlip(),
             QuarterTurns(),
@@ -248,10 +237,17 @@ def cut_mix(target: Pair, partner: Pair, p: float = 0.8) -> Pair:
     return tv_tensors.Image(image), tv_tensors.Mask(mask)
 
 
-def rescale_sides(image: tv_tensors.Image, mask: tv_tensors.Mask, p: float = 0.8) -> Pair:
-    """With probability ``p``, scale height and width each by its own U(0.5, 2)."""
-    chance, *scales = torch.rand(3).tolist()
+def rescale_sides(
+    image: tv_tensors.Image,
+    mask: tv_tensors.Mask,
+    p: float = 0.8,
+    span: tuple[float, float] = (0.5, 2.0),
+    together: bool = False,
+) -> Pair:
+    """With probability ``p``, scale height and width each by its own U(span), or both by the same."""
+    chance, *draws = torch.rand(3).tolist()
     if chance >= p:
         return image, mask
-    sides = [max(1, round(side * (0.5 + 1.5 * scale))) for side, scale in zip(image.shape[-2:], scales, strict=True)]
+    scales = [span[0] + (span[1] - span[0]) * draw for draw in (draws[:1] * 2 if together else draws)]
+    sides = [max(1, round(side * scale)) for side, scale in zip(image.shape[-2:], scales, strict=True)]
     return v2.Resize(sides, antialias=True)(image, mask)

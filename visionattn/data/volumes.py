@@ -127,10 +127,13 @@ class _Slices:
 
     def _check_labels(self, mask: np.ndarray, path: Path) -> np.ndarray:
         labels = mask.astype(np.int64)
+        if len(self.classes) == 2 and (labels == IGNORE).any() and not (labels == 1).any():
+            raise ValueError(f"mask {path} has the values 0 and 255, expected 0 and 1; write 1 for {self.classes[1]!r}")
         wrong = sorted(set(np.unique(mask).tolist()) - set(range(len(self.classes))) - {IGNORE})
         if wrong:
             raise ValueError(
-                f"mask {path} has values outside the {len(self.classes)} classes: {wrong[:5]}; correct data.classes"
+                f"mask {path} has values outside the {len(self.classes)} classes: {wrong[:5]}; "
+                "correct data.source.classes"
             )
         return labels
 
@@ -213,6 +216,7 @@ class DicomSlices(_Slices):
         shares = dict(val=val, test=test, seed=seed, fold=fold, folds=folds)
         kept = numbers_of_split(groups, split, mixed, image_folder, shares)
         self.samples = [(names[i], found[names[i]], truth[names[i]], groups[i]) for i in kept]
+        self.groups = [groups[i] for i in kept]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -242,7 +246,7 @@ class NiftiSlices(_Slices):
         in_chans: Channels, 1 or 3 (the grey slice repeated).
         window: Centre and width; by default the slice's percentiles.
         axis: Axis along which slices are taken, 0 to 2.
-        keep_empty: Whether slices without any label are taken; leave it on for evaluation.
+        keep_empty: Whether training slices without any label are taken; those for evaluation always are.
         images: Name of the folder of volumes.
         masks: Name of the folder of label maps.
         group_pattern: Regular expression that finds the patient in a volume's name.
@@ -288,6 +292,7 @@ class NiftiSlices(_Slices):
         shares = dict(val=val, test=test, seed=seed, fold=fold, folds=folds)
         kept = numbers_of_split(groups, split, mixed, image_folder, shares)
         self.samples = []
+        self.groups = [groups[i] for i in kept] if group_pattern else []
         for i in kept:
             shape = _check_volumes(found[names[i]], truth[names[i]])
             for number in range(shape[axis]):
@@ -298,7 +303,7 @@ class NiftiSlices(_Slices):
                     groups[i],
                     number,
                 )
-                if keep_empty or self._mask(truth[names[i]], number).any():
+                if keep_empty or split != "train" or self._mask(truth[names[i]], number).any():
                     self.samples.append(entry)
 
     def _mask(self, path: Path, number: int) -> np.ndarray:

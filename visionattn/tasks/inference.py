@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
 from rich.progress import track
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -38,6 +38,49 @@ class Classifier:
     checkpoint: str | None
 
 
+def checkpoint_of(run: str | Path) -> Path:
+    """Best checkpoint of a run's folder, or the file itself."""
+    path = Path(run)
+    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+
+
+def is_segmentation(run: str | Path) -> bool:
+    """Whether a run's folder or checkpoint is of a segmentation; False where there is none."""
+    path = checkpoint_of(run)
+    if not path.is_file():
+        return False
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"].get("task") == "segmentation"
+    except Exception:  # loading it says what is wrong with it
+        return False
+
+
+def read_checkpoint(run: str | Path, averaged: bool | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """File, hyperparameters and the network's weights of a run's best checkpoint.
+
+    Args:
+        run: Folder of the run, or a checkpoint file.
+        averaged: Take the averaged weights rather than the trained ones; by default those that the run validated.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The file is no checkpoint of a training run, or has no averaged weights.
+    """
+    path = checkpoint_of(run)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; give the folder of a finished run or a .ckpt file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        hparams, weights = dict(content["hyper_parameters"]), content["state_dict"]
+    except Exception as error:  # torch raises a dozen types for damaged files
+        raise ValueError(f"{path} is no checkpoint of a training run, or damaged ({type(error).__name__})") from error
+    prefix = "ema.module." if (hparams.get("averaged", False) if averaged is None else averaged) else "model."
+    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not weights:
+        raise ValueError(f"{path} has no averaged weights; train with task.ema_decay=0.9999, or evaluate without them")
+    return path, hparams, weights
+
+
 def load_run(run: str | Path, averaged: bool | None = None) -> Classifier:
     """Load the best checkpoint of a run.
 
@@ -52,21 +95,12 @@ def load_run(run: str | Path, averaged: bool | None = None) -> Classifier:
         FileNotFoundError: There is no checkpoint.
         ValueError: The file is no checkpoint of a training run, or has no averaged weights.
     """
-    path = Path(run)
-    path = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the folder of a finished run or a .ckpt file")
+    path, hparams, weights = read_checkpoint(run, averaged)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        hparams, weights = content["hyper_parameters"], content["state_dict"]
         model_args, classes = dict(hparams["model"]), hparams["classes"]
         name = model_args.pop("model_name")
-    except Exception as error:  # torch raises a dozen types for damaged files
-        raise ValueError(f"{path} is no checkpoint of a training run, or damaged ({type(error).__name__})") from error
-    prefix = "ema.module." if (hparams.get("averaged", False) if averaged is None else averaged) else "model."
-    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    if not weights:
-        raise ValueError(f"{path} has no averaged weights; train with task.ema_decay=0.9999, or evaluate without them")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint of a classification ({type(error).__name__})") from error
     model = visionattn.create_model(name, **model_args, num_classes=len(classes), in_chans=hparams["in_chans"])
     model.load_state_dict(weights)
     return Classifier(name, model.eval(), classes, hparams["in_chans"], hparams["data"], str(path))
@@ -117,6 +151,22 @@ def _changed(config: DictConfig, overrides: list[str]) -> DictConfig:
     return OmegaConf.merge(config, changes)  # type: ignore[return-value]
 
 
+def run_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]:
+    """Configuration of a run with ``key=value`` changes, and the run's folder.
+
+    Raises:
+        FileNotFoundError: There is no configuration.
+        ValueError: A change of a key that it does not have.
+    """
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"no config.yaml in {folder}; give the folder of a run")
+    config = OmegaConf.load(folder / "config.yaml")
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{folder / 'config.yaml'} is no configuration of a run")
+    return _changed(config, overrides), folder
+
+
 def evaluate_run(run: str | Path, overrides: list[str], averaged: bool | None = None) -> dict[str, Any]:
     """Evaluate a run on its validation split.
 
@@ -133,10 +183,7 @@ def evaluate_run(run: str | Path, overrides: list[str], averaged: bool | None = 
         ValueError: A change of a key that the configuration does not have.
     """
     classifier = load_run(run, averaged)
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"no config.yaml in {folder}; give the folder of a run")
-    config = _changed(OmegaConf.load(folder / "config.yaml"), overrides)  # type: ignore[arg-type]
+    config, _ = run_config(run, overrides)
     return evaluate(classifier, config, _validation(config, classifier.classes))
 
 

@@ -1,5 +1,6 @@
 """Segmentation: losses, threshold, metrics and averaged weights around any network that gives masks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from visionattn.data.randomness import seed_all, seed_from
 from visionattn.data.segmentation import IGNORE
+from visionattn.heads.losses import DiceFocalLoss
 from visionattn.tasks.segmentation_metrics import from_counts
-from visionattn.tasks.sliding import labels, probabilities
+from visionattn.tasks.sliding import labels, of_size, probabilities
 from visionattn.tasks.training import Training
 
 THRESHOLDS = [i / 20 for i in range(1, 20)]
@@ -36,7 +38,7 @@ class MaskLoss(nn.Module):
         num_classes: Channels of the logits; 1 is binary.
 
     Raises:
-        ValueError: Another name, or ``dice_focal`` where the package has no such loss.
+        ValueError: Another name, or ``dice_focal`` for several classes.
     """
 
     def __init__(self, name: str, num_classes: int):
@@ -50,10 +52,8 @@ class MaskLoss(nn.Module):
         if name == "tversky":
             self.overlap = TverskyLoss(**common, alpha=0.3, beta=0.7)
         elif name == "dice_focal":
-            try:
-                from visionattn.heads.losses import DiceFocalLoss
-            except ImportError as error:
-                raise ValueError("loss='dice_focal' needs visionattn.heads.losses, which is not installed") from error
+            if not binary:  # it takes sigmoids, and evaluation a softmax
+                raise ValueError(f"loss='dice_focal' is for two classes, got {num_classes}; take ce_dice")
             self.overlap = DiceFocalLoss()
         elif name == "cldice":
             self.overlap = SoftDiceclDiceLoss(iter_=3, alpha=0.5)
@@ -67,12 +67,10 @@ class MaskLoss(nn.Module):
             truth = F.one_hot(mask.masked_fill(~inside, 0), max(self.num_classes, 2)).movedim(-1, 1)
             p = logits.sigmoid() if self.num_classes == 1 else logits.softmax(1)
             truth = truth[:, 1:] if self.num_classes == 1 else truth
-            return self.overlap(truth.float() * inside[:, None], p * inside[:, None])
+            return self.overlap(p * inside[:, None], truth.float() * inside[:, None])
         # one long row of pixels: every one of these losses sums over the batch
         row = logits.movedim(1, 0)[:, inside][None]
         target = mask[inside][None, None]
-        if self.name == "dice_focal" and self.num_classes > 1:
-            target = F.one_hot(target[:, 0], self.num_classes).movedim(-1, 1)
         loss = self.overlap(row, target)
         return loss + _cross_entropy(row, target) if self.name in ("bce_dice", "ce_dice") else loss
 
@@ -83,7 +81,7 @@ class Segmentation(Training):
     Every random choice of a step comes from generators seeded by (seed, epoch, batch, rank). After each validation the
     threshold with the best Dice of the validation split's one confusion matrix is taken and kept in the checkpoint's
     hyperparameters; tests use it as it is. Several classes need none. ``val/dice`` is that Dice (of several classes
-    the mean over those with a value), ``val/dice_at_half`` the one at 0.5.
+    the mean over those with a value; NaN where there is none), ``val/dice_at_half`` the one at 0.5.
 
     Args:
         model: Images ``[B, C, H, W]`` to logits ``[B, K, H, W]``, in training possibly several; K = 1 is binary.
@@ -153,7 +151,7 @@ class Segmentation(Training):
         self.window, self.flips = window, flips
         rows = len(THRESHOLDS) if num_classes == 1 else num_classes - 1
         self.register_buffer("counts", torch.zeros(rows, 4, dtype=torch.float64), persistent=False)
-        self.save_hyperparameters({**hparams, "threshold": 0.5})
+        self.save_hyperparameters({**hparams, "threshold": 0.5, "window": window, "flips": flips})
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch."""
@@ -161,7 +159,7 @@ class Segmentation(Training):
         output, mask = self.model(batch["image"]), batch["mask"]
         outputs = output if isinstance(output, tuple | list) else (output,)
         weights = [1.0, *[self.aux_weight] * (len(outputs) - 1)]
-        loss: Any = sum(w * self.loss(_of_size(x, mask), mask) for w, x in zip(weights, outputs, strict=True))
+        loss: Any = sum(w * self.loss(of_size(x, mask), mask) for w, x in zip(weights, outputs, strict=True))
         loss = loss / sum(weights)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(mask), sync_dist=True)
         return loss
@@ -175,7 +173,7 @@ class Segmentation(Training):
         if not len(batch["mask"]):
             return
         mask = batch["mask"]
-        found = probabilities(self.evaluated, batch["image"], self.window, flips=self.flips)
+        found = of_size(probabilities(self.evaluated, batch["image"], self.window, flips=self.flips), mask)
         inside = mask != IGNORE
         if self.num_classes == 1:
             pairs = [(found[:, 0] > t, mask == 1) for t in THRESHOLDS]
@@ -196,17 +194,11 @@ class Segmentation(Training):
             best = max(range(len(scores)), key=lambda i: (scores[i], -abs(THRESHOLDS[i] - 0.5)))
             self.hparams["threshold"] = THRESHOLDS[best]
             self.log("val/threshold", THRESHOLDS[best], rank_zero_only=True)
-            self.log("val/dice_at_half", scores[THRESHOLDS.index(0.5)], rank_zero_only=True)
+            self.log("val/dice_at_half", results[THRESHOLDS.index(0.5)]["dice"], rank_zero_only=True)
             chosen = [results[best]]
         else:
             chosen = results
         for name in ("dice", "iou"):
             values = [r[name] for r in chosen if r[name] == r[name]]
-            value = sum(values) / len(values) if values else 0.0
+            value = sum(values) / len(values) if values else math.nan
             self.log(f"val/{name}", value, prog_bar=name == "dice", sync_dist=True)
-
-
-def _of_size(logits: Tensor, mask: Tensor) -> Tensor:
-    if logits.shape[-2:] == mask.shape[-2:]:
-        return logits
-    return F.interpolate(logits, mask.shape[-2:], mode="bilinear", align_corners=False)

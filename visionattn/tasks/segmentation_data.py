@@ -1,8 +1,8 @@
 """Data and network of a segmentation run from its configuration."""
 
+from importlib import import_module
 from typing import Any
 
-import hydra
 import lightning
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -13,7 +13,9 @@ from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_s
 from visionattn.data.segmentation_transforms import SegmentationTransform
 
 NETWORKS = "visionattn.heads."
-"""Where the classes of networks live that a checkpoint may name."""
+"""Where the classes of networks live that a configuration or a checkpoint may name."""
+
+_POOLING = ("upernet", "pan")  # have a batch norm of one pixel an image
 
 
 def outputs(classes: list[str]) -> int:
@@ -34,12 +36,21 @@ def make_network(arguments: dict[str, Any], classes: list[str], in_chans: int) -
     Raises:
         ValueError: Another ``_target_``, for example a classifier's.
     """
-    target = str(arguments.get("_target_"))
-    # a checkpoint must not be able to name any function
-    if not target.startswith(NETWORKS):
-        raise ValueError(f"model._target_={target} gives no masks; choose model=unet or another of {NETWORKS}*")
-    sizes: dict[str, Any] = dict(num_classes=outputs(classes), in_chans=in_chans)
-    return hydra.utils.instantiate(arguments, _convert_="all", **sizes)
+    given = {key: value for key, value in arguments.items() if not key.startswith("_")}
+    return _network_class(str(arguments.get("_target_")))(**given, num_classes=outputs(classes), in_chans=in_chans)
+
+
+def _network_class(target: str) -> type[nn.Module]:
+    """The class that a target names; a checkpoint must not be able to name anything else."""
+    module, _, name = target.rpartition(".")
+    if module.startswith(NETWORKS) and module.removeprefix(NETWORKS).isidentifier():
+        try:
+            found = getattr(import_module(module), name, None)
+        except ModuleNotFoundError:
+            found = None
+        if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == module:
+            return found
+    raise ValueError(f"model._target_={target} gives no masks; choose model=unet or another of {NETWORKS}*")
 
 
 class MaskData(lightning.LightningDataModule):
@@ -87,17 +98,22 @@ def prepare_masks(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module,
     """Network, loaders, what the checkpoint keeps of them, and the number of outputs.
 
     Raises:
-        ValueError: A network that gives no masks, or splits with other classes.
+        ValueError: A network that gives no masks, splits with other classes or a patient in both, or a batch of one
+            image for a decoder that needs two.
     """
     if val.classes != source.classes:
         raise ValueError(f"the splits have other classes: {source.classes} and {val.classes}")
+    if shared := sorted(set(getattr(source, "groups", ())) & set(getattr(val, "groups", ()))):
+        raise ValueError(f"{len(shared)} patients are in training and validation, first {shared[0]!r}; divide them")
     arguments: Any = OmegaConf.to_container(config.model, resolve=True)
+    if arguments.get("decoder") in _POOLING and min(config.data.batch_size, len(source)) < 2:
+        raise ValueError(f"the decoder {arguments['decoder']} needs two images in a batch; set data.batch_size=2")
     model = make_network(arguments, source.classes, config.data.in_chans)
     group: Any = OmegaConf.to_container(config.data, resolve=True)
     data = MaskData(group, source, val, config.seed)
     kept = dict(
         task="segmentation",
-        model={k: v for k, v in arguments.items() if k != "pretrained"},
+        model={k: v for k, v in arguments.items() if k not in ("pretrained", "pretrained_backbone")},
         data=group["transform"],
     )
     return model, data, kept, outputs(source.classes)

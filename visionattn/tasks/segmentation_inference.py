@@ -8,23 +8,21 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from visionattn.data.images import read_image
+from visionattn.data.masks import read_pixels
 from visionattn.data.segmentation import IGNORE, Sample
 from visionattn.data.segmentation_pipeline import SegmentationSamples
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import sha256
-from visionattn.tasks.inference import _changed
+from visionattn.tasks.inference import read_checkpoint, run_config
 from visionattn.tasks.segmentation_data import make_network
 from visionattn.tasks.segmentation_metrics import image_metrics, summarize, write_results
 from visionattn.tasks.segmentation_report import overlay, write_report
-from visionattn.tasks.sliding import labels, probabilities, segment_file
+from visionattn.tasks.sliding import labels, of_size, pixels_of_file, probabilities, segment_file
 
-_LARGE = 2**24  # pixels; larger files are read in tiles
+_LARGE, _TILE = 2**24, 512  # pixels of a file from which it is read in tiles, and their side
 
 
 @dataclass
@@ -37,24 +35,9 @@ class Masker:
     in_chans: int
     threshold: float
     transform: dict[str, Any]
+    window: int | None
+    flips: bool
     checkpoint: str
-
-
-def is_segmentation(run: str | Path) -> bool:
-    """Whether a run's folder or checkpoint is of a segmentation; False where there is none."""
-    path = _checkpoint(run)
-    if not path.is_file():
-        return False
-    try:
-        hparams = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]
-    except Exception:  # load_run says what is wrong with it
-        return False
-    return hparams.get("task") == "segmentation"
-
-
-def _checkpoint(run: str | Path) -> Path:
-    path = Path(run)
-    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
 
 
 def load_masker(run: str | Path, averaged: bool | None = None) -> Masker:
@@ -71,30 +54,17 @@ def load_masker(run: str | Path, averaged: bool | None = None) -> Masker:
         FileNotFoundError: There is no checkpoint.
         ValueError: The file is no checkpoint of a segmentation run, or has no averaged weights.
     """
-    path = _checkpoint(run)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the folder of a finished run or a .ckpt file")
+    path, hparams, weights = read_checkpoint(run, averaged)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        hparams, weights = content["hyper_parameters"], content["state_dict"]
         arguments, classes, threshold = dict(hparams["model"]), hparams["classes"], float(hparams["threshold"])
-    except Exception as error:  # torch raises a dozen types for damaged files
-        raise ValueError(f"{path} is no checkpoint of a segmentation run ({type(error).__name__})") from error
-    prefix = "ema.module." if (hparams.get("averaged", False) if averaged is None else averaged) else "model."
-    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    if not weights:
-        raise ValueError(f"{path} has no averaged weights; train with task.ema_decay=0.9999, or evaluate without them")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint of a segmentation ({type(error).__name__})") from error
     model = make_network(arguments, classes, hparams["in_chans"])
     model.load_state_dict(weights)
     name = f"{arguments.get('decoder', arguments['_target_'].rsplit('.', 1)[-1])} {arguments.get('backbone', '')}"
-    return Masker(name.strip(), model.eval(), classes, hparams["in_chans"], threshold, dict(hparams["data"]), str(path))
-
-
-def _config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]:
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"no config.yaml in {folder}; give the folder of a run")
-    return _changed(OmegaConf.load(folder / "config.yaml"), overrides), folder  # type: ignore[arg-type]
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    how = (dict(hparams["data"]), hparams["window"], hparams["flips"])
+    return Masker(name.strip(), model, classes, hparams["in_chans"], threshold, *how, str(path))
 
 
 @torch.inference_mode()
@@ -116,14 +86,12 @@ def evaluate_masks(run: str | Path, overrides: list[str], averaged: bool | None 
         ValueError: Other classes than those of the training, no truth, or an unreadable sample.
     """
     masker = load_masker(run, averaged)
-    config, folder = _config(run, overrides)
+    config, folder = run_config(run, overrides)
     source = hydra.utils.instantiate(config.data.source, split=config.data.val_split)
     if source.classes != masker.classes:
         raise ValueError(f"the model was trained on {masker.classes}, the data has {source.classes}")
     transform = SegmentationTransform(**masker.transform, train=False)
     samples = SegmentationSamples(source, transform, config.seed, config.data.on_error, replace=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = masker.model.to(device)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in masker.classes[1:]}
     shown, skipped, binned = [], [], np.zeros((99, 3))
     for i in range(len(samples)):
@@ -131,9 +99,9 @@ def evaluate_masks(run: str | Path, overrides: list[str], averaged: bool | None 
         skipped += batch["skipped"]
         if "image" not in batch or not bool((batch["mask"] != IGNORE).any()):
             continue
-        window, flips = config.task.window, config.task.flips
-        found = probabilities(model, batch["image"][None].to(device), window, flips=flips).cpu()
-        mask, predicted = batch["mask"], labels(found, masker.threshold)[0]
+        mask = batch["mask"]
+        found = of_size(_probabilities(masker, batch["image"], config.task.window, config.task.flips), mask)
+        predicted = labels(found, masker.threshold)[0]
         for k, name in enumerate(masker.classes[1:], 1):
             truth = torch.where(mask == IGNORE, IGNORE, (mask == k).long())
             row = image_metrics(found[0, k - 1], truth, masker.threshold, batch["spacing"], prediction=predicted == k)
@@ -166,6 +134,12 @@ def _threshold_counts(found: Tensor, mask: Tensor) -> np.ndarray:
     return np.array([[((p > s) & t).sum(), (p > s).sum(), t.sum()] for s in steps], dtype=float)
 
 
+def _probabilities(masker: Masker, image: Tensor, window: int | None, flips: bool) -> Tensor:
+    """``probabilities`` of one image ``[C, H, W]``, on the network's device and back."""
+    device = next(masker.model.parameters()).device
+    return probabilities(masker.model, image[None].to(device), window, flips=flips).cpu()
+
+
 class _Labels:
     """Pixels ``[h, w, C]`` to labels ``[h, w]`` uint8."""
 
@@ -175,73 +149,58 @@ class _Labels:
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        if pixels.shape[2] != self.masker.in_chans:
-            pixels = self._channels(pixels)
-        image = self.transform(Sample(pixels, None, "image"))["image"]
-        found = probabilities(self.masker.model, image[None], self.window, flips=self.flips)
-        if found.shape[-2:] != pixels.shape[:2]:  # a recipe that resizes
-            found = F.interpolate(found, pixels.shape[:2], mode="bilinear", align_corners=False)
+        sample = self.transform(Sample(pixels, None, "image"))
+        found = of_size(_probabilities(self.masker, sample["image"], self.window, self.flips), sample["mask"])
         return labels(found, self.masker.threshold)[0].numpy().astype(np.uint8)
-
-    def _channels(self, pixels: np.ndarray) -> np.ndarray:
-        if pixels.shape[2] == 1:
-            return pixels.repeat(self.masker.in_chans, 2)
-        if pixels.shape[2] > self.masker.in_chans == 3:  # opacity
-            return pixels[..., :3]
-        raise ValueError(f"the image has {pixels.shape[2]} channels, the network takes {self.masker.in_chans}")
 
 
 def predict_masks(
-    run: str | Path, images: list[str], output: str | Path, window: int = 512, flips: bool = False
+    run: str | Path, images: list[str], output: str | Path, window: int | None = None, flips: bool = False
 ) -> list[Path]:
     """Write masks and overlays of image files.
 
-    Images above 2**24 pixels are read and written in tiles, as a tiled TIFF without overlay.
+    Images above 2**24 pixels are read and written in tiles, as a tiled TIFF without overlay. Files are read as for
+    training: at their full depth, and not turned by their EXIF data.
 
     Args:
         run: Folder of the run, or a checkpoint file.
         images: Image files.
         output: Folder for ``NAME_mask.png`` (labels) and ``NAME_overlay.png``, or ``NAME_mask.tif``.
-        window: Side of the windows, a multiple of 16.
-        flips: Average over reflections.
+        window: Side of the windows; by default the run's, and 512 for tiles, which want a multiple of 16.
+        flips: Average over reflections even if the run does not.
 
     Returns:
         The mask files.
 
     Raises:
         FileNotFoundError: A missing run or image.
-        ValueError: An unreadable image or one with other channels, or two images of one name.
+        ValueError: An unreadable image, one that is too large for a transform of whole images, or two of one name.
     """
     stems = [Path(image).stem for image in images]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ValueError(f"several images are named {twice[0]}; their masks would overwrite each other")
     masker, folder, written = load_masker(run), Path(output), []
+    flips = flips or masker.flips
     for path, stem in zip(images, stems, strict=True):
-        if _pixels(Path(path)) > _LARGE:
+        if pixels_of_file(Path(path)) > _LARGE:
+            label = _Labels(masker, None, flips)
+            if label.transform.resizes or label.transform.intensity == "percentile":
+                raise ValueError(
+                    f"{path} has more than {_LARGE} pixels and is cut into tiles, but the run's transform needs whole "
+                    "images (it resizes them or takes their percentiles); reduce the image, or train with "
+                    "data.transform.recipe=default and intensity=range"
+                )
             target = folder / f"{stem}_mask.tif"
-            segment_file(path, target, _Labels(masker, None, flips), tile=window)
+            tile = window or masker.window or _TILE
+            segment_file(path, target, label, tile=tile, in_chans=masker.in_chans)
         else:
-            image = read_image(path, masker.in_chans, exif=True)
-            pixels = np.asarray(image).reshape(image.height, image.width, -1)
-            mask = _Labels(masker, window, flips)(pixels)
+            pixels = read_pixels(path, masker.in_chans)
+            mask = _Labels(masker, window or masker.window, flips)(pixels)
             target = folder / f"{stem}_mask.png"
             _save(Image.fromarray(mask), target)
             _save(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")
         written.append(target)
     return written
-
-
-def _pixels(path: Path) -> int:
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path) as image:
-            return image.width * image.height
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -1,6 +1,7 @@
 """One training run from a composed configuration: data, task, trainer, and the files beside the checkpoints."""
 
 import json
+import math
 import shutil
 import sys
 import warnings
@@ -193,7 +194,7 @@ def train(config: DictConfig) -> dict[str, float]:
     task = task_class(model=model, num_classes=num_classes, seed=config.seed, lr=lr, hparams=hparams, **settings)
     if trainer.is_global_zero:
         _prepare(folder, resume)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
         write_text(folder / "run.json", json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
     # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
@@ -202,5 +203,6 @@ def train(config: DictConfig) -> dict[str, float]:
     if not trainer.is_global_zero:
         return {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+    write_text(folder / "metrics.json", json.dumps(known, indent=1))
     return metrics
