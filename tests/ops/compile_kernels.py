@@ -1,8 +1,13 @@
 """Compile the kernels as they are launched for the shapes of published models, for a GPU that need not be there.
 
-Prints the shared memory of each in bytes as JSON. Run without TRITON_INTERPRET.
+Prints the shared memory of each in bytes as JSON. Run without TRITON_INTERPRET::
+
+    python tests/ops/compile_kernels.py 90 [--once] [states neighborhoods ...]
+
+``--once`` compiles each kernel for the first shape alone.
 """
 
+import argparse
 import json
 import sys
 
@@ -34,14 +39,17 @@ KINDS = {
 class Recorder:
     """Stands for a kernel: instead of launching it compiles for the arguments."""
 
-    def __init__(self, name, kernel, target):
+    def __init__(self, name, kernel, target, once):
         self.name, self.kernel, self.target = name, kernel, target
-        self.arg_names = kernel.arg_names
+        self.arg_names, self.once, self.compiled = kernel.arg_names, once, False
 
     def __getitem__(self, grid):
         return self.compile
 
     def compile(self, *args, num_warps=4, num_stages=2, maxnreg=None, **constants):
+        if self.once and self.compiled:
+            return
+        self.compiled = True
         names = [name for name in self.kernel.arg_names if name not in constants]
         signature, attrs = dict.fromkeys(constants, "constexpr"), {}
         for name, value in zip(names, args, strict=True):
@@ -59,7 +67,7 @@ class Recorder:
         found[label] = max(found.get(label, 0), built.metadata.shared)
 
 
-def routing():
+def routing(_capability):
     """Routed attention and the steps around it."""
     stages = [(56, 2, 8, 1, torch.bfloat16), (28, 4, 4, 4, torch.bfloat16), (14, 8, 2, 16, torch.float32)]
     stages.append((14, 8, 2, 16, torch.bfloat16))
@@ -77,7 +85,7 @@ def routing():
     launch.topk_regions(torch.empty(1, 49, 64), torch.empty(1, 49, 64), 4)
 
 
-def neighborhoods():
+def neighborhoods(_capability):
     """Neighbourhood attention of NAT and DiNAT, and the widest heads and rows."""
     stages = [(56, 2, 32, 7, 1, torch.bfloat16), (14, 8, 32, 7, 1, torch.float16), (28, 4, 32, 7, 4, torch.bfloat16)]
     wide = [(40, 2, 128, 13, 1, torch.bfloat16), (30, 1, 128, 5, 1, torch.float32), (30, 1, 64, 7, 1, torch.bfloat16)]
@@ -89,7 +97,7 @@ def neighborhoods():
             neighborhood.backward(out, None, q, k, v, bias, out, lse, *rest)
 
 
-def norms():
+def norms(_capability):
     """Layer norm alone and behind an addition, in training and inference."""
     for shape, dtype in (((1, 56, 56, 64), torch.bfloat16), ((2, 7, 96), torch.float16), ((9, 1000), torch.float32)):
         x, weight = torch.empty(shape, dtype=dtype), torch.empty(shape[-1])
@@ -99,7 +107,7 @@ def norms():
             norm.backward(out, delta, total, stats, weight, weight, partial=delta is not None)
 
 
-def affine_sums():
+def affine_sums(_capability):
     """Sums on the main path and updates of a context, wide and ragged."""
     for C, K, dtype, kind in (
         (320, 320, torch.bfloat16, torch.float32),
@@ -115,7 +123,7 @@ def affine_sums():
                 affine.backward(x, x, y, weight, scaled, keep, 1.25, partial, dtype, dtype, y.shape)
 
 
-def depthwise_convolutions():
+def depthwise_convolutions(_capability):
     """A position convolution on its own input, and one of a packed projection's values."""
     for side, C, kernel, dtype in (
         (56, 64, 3, torch.bfloat16),
@@ -130,7 +138,7 @@ def depthwise_convolutions():
         depthwise.weight_grad(out, x, weight, torch.empty(C))
 
 
-def linear_layers():
+def linear_layers(_capability):
     """Casts, bias gradients and the gradient of GELU for an MLP and for single layers."""
     for rows, C, hidden, dtype in (
         (784, 64, 192, torch.bfloat16),
@@ -146,7 +154,7 @@ def linear_layers():
             linear.gelu_grad(pre, pre, outer, kind)
 
 
-def neighborhood_sums():
+def neighborhood_sums(_capability):
     """OverLoCK's two stages, a map too wide for tiles of whole rows, and wide groups."""
     for side, groups, d, kernels, dtype, softmax in (
         (14, 8, 16, (5, 13), torch.bfloat16, True),
@@ -161,7 +169,7 @@ def neighborhood_sums():
         neighborhood_sum.backward(out, None, logits, value, bias, out, lse, kernels, softmax)
 
 
-def states():
+def states(_capability):
     """HER-Seg's linear attention, DaViT's attention between channels, and heads of other widths."""
     for side, heads, d, dtype, rotated, softmax in (
         (64, 12, 16, torch.bfloat16, True, False),
@@ -207,24 +215,36 @@ def branches(capability):
         launch_branches.backward(plan, out, x, kept, kind, [True] * 5)
 
 
-def run(capability):
+FAMILIES = (
+    routing,
+    neighborhoods,
+    norms,
+    affine_sums,
+    depthwise_convolutions,
+    linear_layers,
+    neighborhood_sums,
+    states,
+    large_convolutions,
+    branches,
+)
+
+
+def run(capability, once, names):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
-    families = [x for name, x in sys.modules.items() if name.startswith("visionattn.ops.") and ".kernels_" in name]
-    for module in families:
+    modules = [x for name, x in sys.modules.items() if name.startswith("visionattn.ops.") and ".kernels_" in name]
+    for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Recorder(name, getattr(module, name), target))
-    routing()
-    neighborhoods()
-    norms()
-    affine_sums()
-    depthwise_convolutions()
-    linear_layers()
-    neighborhood_sums()
-    states()
-    large_convolutions(capability)
-    branches(capability)
+            setattr(module, name, Recorder(name, getattr(module, name), target, once))
+    for family in FAMILIES:
+        if not names or family.__name__ in names:
+            family(capability)
 
 
-run(int(sys.argv[1]))
+parser = argparse.ArgumentParser()
+parser.add_argument("capability", type=int)
+parser.add_argument("families", nargs="*", metavar="FAMILY", help="functions of this file; all of them by default")
+parser.add_argument("--once", action="store_true")
+arguments = parser.parse_args()
+run(arguments.capability, arguments.once, arguments.families)
 print(json.dumps(found))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
+from visionattn.tasks.benchmark_masks import mask_loss, mask_network
 from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
 from visionattn.tasks.timing import capture, times_in_turn
 
@@ -97,6 +98,19 @@ class Settings:
 
 def _create(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
     """The model in its mode, and the shape of its images."""
+    network, shape = _masks(text, mode, settings) or _classifier(text, mode, settings)
+    network = network.train(mode == "training")
+    return network.to(settings.device, settings.weights_dtype, memory_format=settings.memory_format), shape
+
+
+def _masks(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]] | None:
+    found = mask_network(text, settings.model_kwargs)
+    if found and mode == "features":
+        raise ValueError(f"{text} gives masks; leave out the mode features")
+    return found and (found[0], (3, *(settings.size or (found[1], found[1]))))
+
+
+def _classifier(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
     name = text.removesuffix(FOLDED)
     if text != name and mode == "training":
         raise ValueError(f"{text} is a form for inference; leave out {FOLDED} for training")
@@ -107,18 +121,27 @@ def _create(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[
     if mode == "features":
         kwargs["features_only"] = True
     try:
-        model: Any = visionattn.create_model(name, **kwargs).train(mode == "training")
+        model: Any = visionattn.create_model(name, **kwargs)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{name} does not take {kwargs}: {error}") from error
     if text != name:
-        model = reparameterize_model(model)
+        model = reparameterize_model(model.eval())
     channels, *own = model.pretrained_cfg["input_size"]
-    model = model.to(settings.device, settings.weights_dtype, memory_format=settings.memory_format)
     return model, (channels, *(settings.size or own))
 
 
-def _step(model: Any, mode: str, images: Tensor, settings: Settings) -> Callable[[], object]:
-    """What is timed: a forward pass, or a step of training with its cross-entropy and AdamW."""
+def _classification_loss(classes: int, images: Tensor) -> Callable[[Any], Tensor]:
+    labels = torch.randint(classes, (len(images),), device=images.device)
+
+    def loss(output: Any) -> Tensor:
+        outputs = output if isinstance(output, tuple) else (output,)  # some have further classifiers
+        return torch.stack([F.cross_entropy(x, labels) for x in outputs]).sum()
+
+    return loss
+
+
+def _step(model: Any, mode: str, images: Tensor, settings: Settings, text: str = "") -> Callable[[], object]:
+    """What is timed: a forward pass, or a step of training with its loss and AdamW."""
 
     def infer() -> object:
         with torch.inference_mode(), settings.cast():
@@ -128,14 +151,15 @@ def _step(model: Any, mode: str, images: Tensor, settings: Settings) -> Callable
         return infer
     cuda = settings.device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), fused=cuda, capturable=settings.cuda_graph)
-    labels = torch.randint(model.num_classes, (len(images),), device=settings.device)
+    if hasattr(model, "pretrained_cfg"):
+        loss_of = _classification_loss(model.num_classes, images)
+    else:
+        loss_of = mask_loss(text, (torch.rand_like(images[:, :1], dtype=torch.float32) > 0.5).float())
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
         with settings.cast():
-            output = model(images)
-            outputs = output if isinstance(output, tuple) else (output,)  # some have further classifiers
-            loss = torch.stack([F.cross_entropy(x, labels) for x in outputs]).sum()
+            loss = loss_of(model(images))
         loss.backward()
         optimizer.step()
 
@@ -179,7 +203,7 @@ def _prepare(text: str, mode: str, settings: Settings) -> tuple[dict[int, Callab
     facts["parameters_m"] = sum(p.numel() for p in model.parameters()) / 1e6
     runner = torch.compile(model, dynamic=False, mode=settings.compile) if settings.compile else model
     numbers = {settings.batch} if mode == "training" else {settings.batch, 1}
-    steps = {n: _step(runner, mode, images[:n], settings) for n in numbers}
+    steps = {n: _step(runner, mode, images[:n], settings, text) for n in numbers}
     try:
         if cuda:
             facts["peak_gib"] = _peak_gib(steps[settings.batch], before)
@@ -241,7 +265,8 @@ def benchmark_models(names: list[str], settings: Settings, path: Path | None = N
     """Time models in turn.
 
     Args:
-        names: Names of timm or this package; ``NAME:folded`` for the form of ``timm.utils.reparameterize_model``.
+        names: Names of timm or this package; ``NAME:folded`` for the form of ``timm.utils.reparameterize_model``;
+            networks for masks as ``mask_network`` takes them.
         settings: Modes, sizes and types.
         path: CSV file to append to.
 
