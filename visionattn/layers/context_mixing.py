@@ -7,6 +7,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from visionattn.layers.channels_last import MapSequential
 from visionattn.ops import neighborhood_sum
+from visionattn.ops.padding.interface import larger, smaller
 
 REGIONS = 7  # per side of the context map
 
@@ -23,8 +24,8 @@ def _legal_size(height: int, width: int, side: int) -> tuple[int, int]:
         short = min(height, width)
         scaled = max(short, side)
     else:
-        short = torch.sym_min(height, width)  # type: ignore[assignment]
-        scaled = torch.sym_max(short, side)  # type: ignore[assignment]
+        short = smaller(height, width)
+        scaled = larger(short, side)
     return height * scaled // short, width * scaled // short
 
 

@@ -53,8 +53,19 @@ def pad_to_at_least(x: Tensor, height: int, width: int) -> Tensor:
 
 @torch.jit.unused
 def _pad_to_at_least(x: Tensor, height: int, width: int) -> Tensor:
-    H, W = torch.sym_max(x.shape[1], height), torch.sym_max(x.shape[2], width)  # sizes may be symbols
-    return _pad_to(x, H, W)  # type: ignore[arg-type]
+    return _pad_to(x, larger(x.shape[1], height), larger(x.shape[2], width))
+
+
+@torch.jit.unused
+def larger(a: int, b: int) -> int:
+    """The larger of two sizes, without a guard where they are symbols: Dynamo knows that of ``max`` alone."""
+    return max(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_max(a, b)  # type: ignore[return-value]
+
+
+@torch.jit.unused
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes; see ``larger``."""
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)  # type: ignore[return-value]
 
 
 @torch.jit.unused

@@ -14,7 +14,8 @@ from visionattn.ops.state import kernels_state, kernels_state_grads
 MAX_DIM, MAX_WIDE = 128, 64  # channels of a head; of one whose states a program holds in float32
 COLUMNS = 32  # of a program, where heads are no wider
 TILE = 2048  # values of a tensor that a program holds at once
-PROGRAMS = 1056  # wanted at least: eight for each of 132 processors
+PROGRAMS = 1056  # wanted, eight for each of 132 processors
+STRETCH = 384  # pixels of a program that is linear, unless half of the programs would be missing
 FINISH = 2048  # values that a program of the sum over stretches holds
 
 _forward_plans, _backward_plans = Plans(), Plans()
@@ -49,14 +50,20 @@ def _heads_of_program(heads: int, width: int) -> int:
 class _Shape:
     """Sizes of a call, as the kernels want them."""
 
-    def __init__(self, query: Tensor, rotated: bool, softmax: bool):
+    def __init__(self, query: Tensor, rotated: bool, softmax: bool, backward: bool):
         self.B, H, self.W, self.heads, self.D = query.shape
         self.N, self.softmax = H * self.W, softmax
         self.padded = triton.next_power_of_2(self.D)
         self.columns = _heads_of_program(self.heads, self.padded) * self.padded
-        rows = min(128, TILE // self.columns, max(16, triton.next_power_of_2(self.N)))
+        # measured: without a softmax the forward pass gains by larger tiles, where heads are not narrow
+        tile = TILE if softmax or backward or self.padded < 8 else 2 * TILE
+        self.stages = 3 if backward and not softmax else 2
+        rows = min(128, tile // self.columns, max(16, triton.next_power_of_2(self.N)))
         self.blocks = triton.cdiv(self.heads * self.padded, self.columns)
-        splits = min(triton.cdiv(self.N, rows), max(1, triton.cdiv(PROGRAMS, self.B * self.blocks)))
+        splits = max(1, triton.cdiv(PROGRAMS, self.B * self.blocks))
+        if not softmax:
+            splits = max(triton.cdiv(splits, 2), min(splits, triton.cdiv(self.N, STRETCH)))
+        splits = min(triton.cdiv(self.N, rows), splits)
         self.chunk = triton.cdiv(triton.cdiv(self.N, splits), rows) * rows
         self.splits = triton.cdiv(self.N, self.chunk)
         self.constants: dict[str, Any] = dict(
@@ -79,7 +86,9 @@ class _Shape:
         integers = (*strides, self.N, self.W, self.heads, self.splits, self.chunk, self.blocks)
         grid, wide = (self.B * self.splits * self.blocks,), self.columns > 64
         # states of wide heads take the shared memory that a pipeline of loads would
-        return Launch(kernel, grid, integers, constants, num_warps=8 if wide else 4, num_stages=1 if wide else 2)
+        return Launch(
+            kernel, grid, integers, constants, num_warps=8 if wide else 4, num_stages=1 if wide else self.stages
+        )
 
     def finish(self, mode: int) -> Launch:
         """The sum over stretches."""
@@ -127,7 +136,7 @@ def forward(
     name = layout(query), layout(key), layout(value), cos is None, softmax
     plan = _forward_plans.get(name)
     if plan is None:
-        s = _Shape(query, cos is not None, softmax)
+        s = _Shape(query, cos is not None, softmax, False)
         collect, spread = (
             s.prepare(kernels_state.state_kernel, key, value),
             s.prepare(kernels_state.output_kernel, query),
@@ -164,7 +173,7 @@ def backward(
     name = layout(query), layout(key), layout(value), layout(grad_out), cos is None, softmax
     plan = _backward_plans.get(name)
     if plan is None:
-        s = _Shape(query, cos is not None, softmax)
+        s = _Shape(query, cos is not None, softmax, True)
         first = s.prepare(kernels_state_grads.query_grad_kernel, query, grad_out)
         second = s.prepare(kernels_state_grads.key_grad_kernel, key, value)
         plan = _backward_plans.keep(name, (s, first, s.finish(2 if softmax else 0), second))
