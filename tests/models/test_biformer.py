@@ -102,7 +102,7 @@ def test_model_by_kernels_equals_model_without(size):
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    model, x = timm.create_model("biformer_s", num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+    model, x = timm.create_model("biformer_nano", num_classes=10).eval(), torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     grads = []
     for function in (model, compiled):
@@ -117,7 +117,7 @@ def test_compiled_equals_eager():
 @pytest.mark.slow
 def test_exported_with_free_sizes_equals_eager():
     free = torch.export.Dim.DYNAMIC
-    model = timm.create_model("biformer_s", num_classes=10).eval()
+    model = timm.create_model("biformer_t", num_classes=10).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: free, 2: free, 3: free},))
     for size in ((3, 3, 97, 65), (1, 3, 224, 224)):
         x = torch.randn(size)

@@ -110,7 +110,7 @@ def test_scripted_model_equals_eager():
 
 @pytest.mark.slow
 def test_compiled_equals_eager():
-    model, x = displacing("litv2_s"), torch.randn(2, 3, 65, 97)
+    model, x = displacing("test_litv2"), torch.randn(2, 3, 65, 97)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     grads = []
     for function in (model, compiled):

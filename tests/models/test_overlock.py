@@ -308,9 +308,8 @@ def test_bad_architecture_is_named(kwargs, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(64, 64), (129, 160)])
-def test_compiled_equals_eager(size):
-    model, x = randomised("test_overlock", num_classes=10), torch.randn(2, 3, *size, dtype=torch.float64)
+def test_compiled_equals_eager():
+    model, x = randomised("test_overlock", num_classes=10), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     grads = []
     for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         out = function(x)
