@@ -5,8 +5,11 @@ import torch
 from helpers import assert_close, assert_golden, inputs, load_reference, published_weights
 from reference import fill
 from safetensors.torch import save_file
+from torch import nn
 
-from visionattn.heads.fsgnet import DropBlock, FSGNet, FSGNetDecoder, multiscale_dice_bce
+from visionattn.heads.fsgnet import Block, DropBlock, FSGNet, FSGNetDecoder, multiscale_dice_bce
+from visionattn.heads.guided_decoder import ConvNormAct
+from visionattn.ops import use_backend
 
 NAMES = ["fsgnet_base_c16", "fsgnet_noguide_base_c16", "fsgnet"]
 PRESENT = [name for name in NAMES if (fill.HERE / f"heads/{name}.npz").is_file()]
@@ -128,6 +131,23 @@ def test_wrong_checkpoints_are_named(tmp_path):
     (tmp_path / "short.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot read"):
         model.load_published(tmp_path / "short.safetensors")
+
+
+def test_kernels_give_the_same():
+    pytest.importorskip("triton")
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", []
+    model = nn.Sequential(ConvNormAct(3, 8, 1), Block(8)).train()
+    nn.init.normal_(model[1].gamma)
+    model = model.to(device, memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 11, 13, device=device).contiguous(memory_format=torch.channels_last)
+    for backend in ("eager", "triton"):
+        torch.manual_seed(1)  # the same squares are dropped
+        with use_backend(backend), torch.backends.cudnn.flags(allow_tf32=False):
+            out = model(x)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), list(model.parameters()))])
+    scale = max(float(x.abs().max()) for x in results[0][1:])
+    for expected, actual in zip(*results, strict=True):  # gradients of biases before a batch norm are rounding alone
+        assert (expected - actual).abs().max() < 1e-5 * scale
 
 
 def test_dropblock_drops_squares_at_the_published_rate():

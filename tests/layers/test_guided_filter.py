@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import assert_close, assert_golden, inputs, load_reference
 
-from visionattn.layers.guided_filter import AttentionGuidedFilter, box_mean
+from visionattn.layers.guided_filter import AttentionGuidedFilter, box_mean, window_pixels
+from visionattn.ops import use_backend
 
 
 def stored_inputs():
@@ -21,7 +22,7 @@ def test_equals_published_filter():
     given, stored = stored_inputs()
     assert_golden("output", stored["output"], AttentionGuidedFilter(per="batch")(*given))
     # box sums are means times the pixels of the clipped window
-    pixels = AttentionGuidedFilter()._pixels(given[1])
+    pixels = window_pixels(given[1], 2)
     assert_golden("box", stored["boxfilter_lr_x"], box_mean(given[1], 2) * pixels)
 
 
@@ -77,6 +78,20 @@ def test_float32_is_accurate(kind):
     expected = AttentionGuidedFilter()(large, guide, coarse, attention)
     single = [x.float() for x in (large, guide, coarse, attention)]
     assert_close(kind, expected, AttentionGuidedFilter(dtype=torch.float32)(*single), 1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kernels_give_the_same(autocast):
+    pytest.importorskip("triton")
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", []
+    given = [x.float().to(device, memory_format=torch.channels_last) for x in stored_inputs()[0]]
+    for backend in ("eager", "triton"):
+        leaves = [x.detach().requires_grad_() for x in given]
+        with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=autocast):
+            out = AttentionGuidedFilter(dtype=torch.float32)(*leaves)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close("output or gradient", expected, actual, 1e-5)
 
 
 def test_precision_is_kept_under_autocast():

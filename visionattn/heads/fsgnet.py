@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from visionattn.heads._backbones import create_backbone
 from visionattn.heads.guided_decoder import ConvNormAct, GuidedDecoder, PlainDecoder
-from visionattn.layers.guided_filter import resize
+from visionattn.layers.channels_last import channels_innermost, on_map
+from visionattn.layers.guided_filter import resize, window_sum
 
 Maps = tuple[list[Tensor], Tensor]
 
@@ -56,9 +57,12 @@ class DropBlock(nn.Module):
         gamma = (1 - self.p) / block**2 * W**2 / (W - block + 1) ** 2
         seeds = torch.empty_like(x[:, :, rim : H - rim, rim : W - rim]).bernoulli_(min(gamma, 1.0))
         seeds = F.pad(seeds, (rim, rim, rim, rim))
-        # a window without a seed has mean 0; the mean stores no indices, as a maximum would
-        seeds = F.avg_pool2d(seeds, (block, 1), 1, (rim, 0))
-        keep = F.avg_pool2d(seeds, (1, block), 1, (0, rim)) == 0
+        if channels_innermost(seeds):
+            seeds = window_sum(seeds, block)
+        else:  # a window without a seed has mean 0; the mean stores no indices, as a maximum would
+            seeds = F.avg_pool2d(seeds, (block, 1), 1, (rim, 0))
+            seeds = F.avg_pool2d(seeds, (1, block), 1, (0, rim))
+        keep = seeds == 0
         # in float32: a half-precision count of many pixels is none; at least one pixel, or 0 / 0
         share = keep.mean(dtype=torch.float32).clamp(min=1 / keep.numel())
         return keep.to(x.dtype) / share
@@ -80,7 +84,7 @@ class Block(nn.Module):
         self.dropblock = DropBlock(drop) if drop else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.conv2(self.conv1(self.norm(self.dwconv(x))).relu())
+        branch = on_map(self.conv2, on_map(self.conv1, self.norm(on_map(self.dwconv, x))).relu())
         # a factor in float32 would make autocast widen the whole map
         return torch.addcmul(x, self.dropblock(branch), self.gamma.to(branch.dtype)[:, None, None])
 

@@ -10,6 +10,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionattn.layers.channels_last import channels_innermost
+from visionattn.ops import depthwise_conv
+
 _TINY = 1e-12  # keeps a window whose attention is zero from dividing by zero
 _SCOPES = ("image", "batch")
 
@@ -34,8 +37,28 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
         ``[B, C, H, W]``.
     """
     side = 2 * radius + 1
+    if x.dtype == torch.float32 and channels_innermost(x):
+        total = window_sum(x, side)
+        return total / window_pixels(x, radius)
     x = F.avg_pool2d(x, (side, 1), 1, (radius, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, side), 1, (0, radius), count_include_pad=False)
+
+
+def window_sum(x: Tensor, side: int) -> Tensor:
+    """Sum over windows of ``side`` pixels, odd, of ``[B, C, H, W]`` zeros around it; by the kernels."""
+    with torch.autocast(x.device.type, enabled=False):
+        ones = x.new_ones(x.shape[1], 1, side, side)
+        return depthwise_conv(x.permute(0, 2, 3, 1), ones).permute(0, 3, 1, 2)
+
+
+def window_pixels(x: Tensor, radius: int) -> Tensor:
+    """Pixels of each clipped window, ``[1, 1, H, W]``."""
+    sides = []
+    for length in (x.shape[2], x.shape[3]):
+        at = torch.arange(length, device=x.device)
+        ends = (at + radius).clamp(max=length - 1) - (at - radius).clamp(min=0) + 1
+        sides.append(ends.to(x.dtype))
+    return (sides[0][:, None] * sides[1])[None, None]
 
 
 @register_notrace_module  # a leaf for torch.fx: it looks at sizes
@@ -101,21 +124,12 @@ class AttentionGuidedFilter(nn.Module):
         weighted_coarse = a * coarse
         mean_guide, mean_coarse = box_mean(weighted, self.radius), box_mean(weighted_coarse, self.radius)
         # t a L = (a / total) (a L); the number of pixels of a window joins the factor, both having one channel
-        share = box_mean(a * weighted, self.radius) * (self._pixels(a) / total)
+        share = box_mean(a * weighted, self.radius) * (window_pixels(a, self.radius) / total)
         covariance = torch.addcmul(box_mean(weighted * weighted_coarse, self.radius), share, mean_coarse, value=-1)
         variance = torch.addcmul(box_mean(weighted.square(), self.radius), share, mean_guide, value=-1)
         slope = covariance / (variance.abs() + self.eps)
         offset = torch.addcmul(mean_coarse, slope, mean_guide, value=-1) / box_mean(a, self.radius)
         return box_mean(slope, self.radius), box_mean(offset, self.radius)
-
-    def _pixels(self, x: Tensor) -> Tensor:
-        """Pixels of each clipped window, ``[1, 1, h, w]``."""
-        sides = []
-        for length in (x.shape[2], x.shape[3]):
-            at = torch.arange(length, device=x.device)
-            ends = (at + self.radius).clamp(max=length - 1) - (at - self.radius).clamp(min=0) + 1
-            sides.append(ends.to(x.dtype))
-        return (sides[0][:, None] * sides[1])[None, None]
 
     @staticmethod
     def _precision(x: Tensor) -> torch.dtype:
