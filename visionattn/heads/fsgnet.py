@@ -23,6 +23,10 @@ from visionattn.layers.guided_filter import resize, window_sum
 Maps = tuple[list[Tensor], Tensor]
 
 
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
 class DropBlock(nn.Module):
     """Drops squares of every channel in training.
 
@@ -84,7 +88,9 @@ class Block(nn.Module):
         self.dropblock = DropBlock(drop) if drop else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = on_map(self.conv2, on_map(self.conv1, self.norm(on_map(self.dwconv, x))).relu())
+        # our operators spare the bias a pass of its own; with gradients their calls cost the host more than that
+        call = on_map if not torch.is_grad_enabled() else _call
+        branch = call(self.conv2, call(self.conv1, self.norm(call(self.dwconv, x))).relu())
         # a factor in float32 would make autocast widen the whole map
         return torch.addcmul(x, self.dropblock(branch), self.gamma.to(branch.dtype)[:, None, None])
 

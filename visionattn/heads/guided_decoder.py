@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.heads.bottleneck import BottleneckAttention
-from visionattn.layers.channels_last import MapSequential
 from visionattn.layers.guided_filter import AttentionGuidedFilter, resize
 
 
@@ -26,7 +25,7 @@ class ConvNormAct(nn.Module):
     def __init__(self, in_chans: int, dim: int, kernel_size: int = 3):
         super().__init__()
         convolution = nn.Conv2d(in_chans, dim, kernel_size, padding=kernel_size // 2)
-        self.conv = MapSequential(convolution, nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
+        self.conv = nn.Sequential(convolution, nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -57,8 +56,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.theta = MapSequential(nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim))
-        self.phi = MapSequential(nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim))
+        self.theta = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim))
+        self.phi = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim))
         self.psi = nn.Sequential(nn.Conv2d(dim, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:

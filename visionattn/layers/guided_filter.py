@@ -38,8 +38,9 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
     """
     side = 2 * radius + 1
     if x.dtype == torch.float32 and channels_innermost(x):
-        total = window_sum(x, side)
-        return total / window_pixels(x, radius)
+        return window_sum(x, side) / window_pixels(x, radius)
+    if x.is_cuda:  # PyTorch before 2.14 gives padded pools of channels-last maps a wrong gradient there (its #188344)
+        x = x.clone(memory_format=torch.contiguous_format)
     x = F.avg_pool2d(x, (side, 1), 1, (radius, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, side), 1, (0, radius), count_include_pad=False)
 
@@ -122,14 +123,17 @@ class AttentionGuidedFilter(nn.Module):
         total = a.sum() if self.per == "batch" else a.sum(dim=(1, 2, 3), keepdim=True)
         weighted = a * guide
         weighted_coarse = a * coarse
-        mean_guide, mean_coarse = box_mean(weighted, self.radius), box_mean(weighted_coarse, self.radius)
+        maps = weighted, weighted_coarse, a * weighted, weighted * weighted_coarse, weighted.square()
+        means = box_mean(torch.cat(maps, dim=1), self.radius).chunk(len(maps), dim=1)
+        mean_guide, mean_coarse, share, covariance, variance = means
         # t a L = (a / total) (a L); the number of pixels of a window joins the factor, both having one channel
-        share = box_mean(a * weighted, self.radius) * (window_pixels(a, self.radius) / total)
-        covariance = torch.addcmul(box_mean(weighted * weighted_coarse, self.radius), share, mean_coarse, value=-1)
-        variance = torch.addcmul(box_mean(weighted.square(), self.radius), share, mean_guide, value=-1)
+        share = share * (window_pixels(a, self.radius) / total)
+        covariance = torch.addcmul(covariance, share, mean_coarse, value=-1)
+        variance = torch.addcmul(variance, share, mean_guide, value=-1)
         slope = covariance / (variance.abs() + self.eps)
         offset = torch.addcmul(mean_coarse, slope, mean_guide, value=-1) / box_mean(a, self.radius)
-        return box_mean(slope, self.radius), box_mean(offset, self.radius)
+        slope, offset = box_mean(torch.cat((slope, offset), dim=1), self.radius).chunk(2, dim=1)
+        return slope, offset
 
     @staticmethod
     def _precision(x: Tensor) -> torch.dtype:
