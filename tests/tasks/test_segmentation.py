@@ -61,6 +61,14 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
+def test_stops_where_nothing_gets_better(tmp_path):
+    still = "trainer.max_epochs=9", "task.lr=0", "task.warmup_lr=0", "task.min_lr=0", "task.ema_decay=null"
+    stopped = train(tmp_path, "c", *still, "patience=2", "model.backbone=test_nat")
+    assert content(stopped)["epoch"] < 8
+    with pytest.raises(SystemExit, match="patience=0 must be at least 1"):
+        train(tmp_path, "d", "patience=0")
+
+
 def test_threshold_is_in_the_checkpoint(run):
     hparams = content(run)["hyper_parameters"]
     assert hparams["task"] == "segmentation"

@@ -46,7 +46,7 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
 
 
 def window_sum(x: Tensor, side: int) -> Tensor:
-    """Sum over windows of ``side`` pixels, odd, of ``[B, C, H, W]`` zeros around it; by the kernels."""
+    """Sum over windows of ``side`` pixels, odd, of ``[B, C, H, W]`` with zeros around, by the kernels."""
     with torch.autocast(x.device.type, enabled=False):
         ones = x.new_ones(x.shape[1], 1, side, side)
         return depthwise_conv(x.permute(0, 2, 3, 1), ones).permute(0, 3, 1, 2)

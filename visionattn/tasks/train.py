@@ -12,7 +12,7 @@ import hydra
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
@@ -104,6 +104,12 @@ def _trainer(config: DictConfig, folder: Path, monitor: str) -> lightning.Traine
         SkippedImages(folder),
         EpochLines(),
     ]
+    if config.patience is not None:
+        if config.patience < 1:
+            raise ValueError(f"patience={config.patience} must be at least 1 epoch, or null to train to the end")
+        # an undefined score is no better one, but no reason to stop either
+        stopping = EarlyStopping(monitor, mode="max", patience=config.patience, check_finite=False)
+        callbacks.append(stopping)
     terminal = sys.stdout.isatty()
     if terminal:
         callbacks.append(RichProgressBar())
