@@ -138,7 +138,7 @@ def test_large_files_are_cut_into_tiles_where_the_transform_allows(run, tmp_path
     ],
 )
 def test_checkpoints_name_nothing_but_networks(target):
-    with pytest.raises(ValueError, match="gives no masks"):
+    with pytest.raises(ValueError, match="is no network of visionattn.heads"):
         make_network({"_target_": target}, ["background", "x"], 3)
 
 
@@ -167,7 +167,7 @@ def test_undefined_dice_is_no_number():
         ("task.schedule=step", "schedule='step' must be one of"),
         ("task.freeze=[stage9]", "names no part"),
         ("model.decoder=unett", "unknown decoder"),
-        ("model=biformer_nano", "gives no masks"),
+        ("model=biformer_nano", "is no network of visionattn.heads"),
     ],
 )
 def test_wrong_settings_end_with_one_line(change, message, tmp_path):

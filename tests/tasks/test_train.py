@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from visionattn.cli import main
-from visionattn.tasks.inference import evaluate_run
+from visionattn.heads.medusa import Medusa
+from visionattn.tasks.inference import evaluate_run, load_run
 from visionattn.tasks.train import _check_classes
 
 SMALL = [
@@ -61,6 +62,16 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
     logs = sorted(path.name for path in (tmp_path / "killed" / "logs").glob("*.csv"))
     assert logs == ["metrics.csv", "metrics_before_1.csv"]  # nothing of the killed run's log is lost
+
+
+def test_classifier_with_gates_is_trained_and_loaded(tmp_path):
+    gates = ["model=medusa", "model.backbone=test_nat", "+model.body_dim=4", "+model.body_levels=2"]
+    digits = [a for a in SMALL if not a.startswith("model=")]
+    size = ["data.transform.input_size=[1,32,32]", "~model.drop_path_rate", "~model.n_win", "~model.topks"]
+    main(["train", *digits, *gates, *size, f"output_dir={tmp_path}", "name=x"])
+    classifier = load_run(tmp_path / "x")
+    assert classifier.name == "test_nat" and type(classifier.model) is Medusa
+    assert 0 <= evaluate_run(tmp_path / "x", [])["top1"] <= 100
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
 from visionattn.tasks.checkpoints import full_name, sha256
 from visionattn.tasks.config import compose
+from visionattn.tasks.networks import make_classifier
 
 _BATCH = 32  # pictures predicted at once
 
@@ -98,10 +99,10 @@ def load_run(run: str | Path, averaged: bool | None = None) -> Classifier:
     path, hparams, weights = read_checkpoint(run, averaged)
     try:
         model_args, classes = dict(hparams["model"]), hparams["classes"]
-        name = model_args.pop("model_name")
+        name = model_args["backbone" if "backbone" in model_args else "model_name"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no checkpoint of a classification ({type(error).__name__})") from error
-    model = visionattn.create_model(name, **model_args, num_classes=len(classes), in_chans=hparams["in_chans"])
+    model = make_classifier(model_args, len(classes), hparams["in_chans"])
     model.load_state_dict(weights)
     return Classifier(name, model.eval(), classes, hparams["in_chans"], hparams["data"], str(path))
 

@@ -1,6 +1,5 @@
 """Data and network of a segmentation run from its configuration."""
 
-from importlib import import_module
 from typing import Any
 
 import lightning
@@ -11,9 +10,7 @@ from torch.utils.data import DataLoader
 from visionattn.data.pipeline import EpochSampler
 from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_samples
 from visionattn.data.segmentation_transforms import SegmentationTransform
-
-NETWORKS = "visionattn.heads."
-"""Where the classes of networks live that a configuration or a checkpoint may name."""
+from visionattn.tasks.networks import head_class
 
 _POOLING = ("upernet", "pan")  # have a batch norm of one pixel an image
 
@@ -37,20 +34,8 @@ def make_network(arguments: dict[str, Any], classes: list[str], in_chans: int) -
         ValueError: Another ``_target_``, for example a classifier's.
     """
     given = {key: value for key, value in arguments.items() if not key.startswith("_")}
-    return _network_class(str(arguments.get("_target_")))(**given, num_classes=outputs(classes), in_chans=in_chans)
-
-
-def _network_class(target: str) -> type[nn.Module]:
-    """The class that a target names; a checkpoint must not be able to name anything else."""
-    module, _, name = target.rpartition(".")
-    if module.startswith(NETWORKS) and module.removeprefix(NETWORKS).isidentifier():
-        try:
-            found = getattr(import_module(module), name, None)
-        except ModuleNotFoundError:
-            found = None
-        if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == module:
-            return found
-    raise ValueError(f"model._target_={target} gives no masks; choose model=unet or another of {NETWORKS}*")
+    network = head_class(str(arguments.get("_target_")))
+    return network(**given, num_classes=outputs(classes), in_chans=in_chans)
 
 
 class MaskData(lightning.LightningDataModule):

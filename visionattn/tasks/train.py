@@ -24,6 +24,7 @@ from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.config import write_text
+from visionattn.tasks.networks import make_classifier
 
 
 class ImageData(lightning.LightningDataModule):
@@ -137,15 +138,12 @@ def _prepare(folder: Path, resume: str | None) -> None:
 
 def _prepare_images(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, ImageData, dict[str, Any], int]:
     """Network, loaders, what the checkpoint keeps of them, and the number of classes, of a classification run."""
-    if not timm.is_model(config.model.model_name.split(".")[0]):
-        visionattn.create_model(config.model.model_name)  # raises with the nearest names
-    sizes = dict(num_classes=len(source.classes), in_chans=config.data.in_chans)
-    model = hydra.utils.instantiate(config.model, _convert_="all", **sizes)
+    arguments: Any = OmegaConf.to_container(config.model, resolve=True)
+    model = make_classifier(arguments, len(source.classes), config.data.in_chans)
     defaults = resolve_model_data_config(model)
     data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
-    arguments: Any = OmegaConf.to_container(config.model, resolve=True)
     kept = dict(
-        model={k: v for k, v in arguments.items() if k not in ("_target_", "pretrained")},
+        model={k: v for k, v in arguments.items() if k != "pretrained"},
         data={k: list(v) if isinstance(v, tuple) else v for k, v in data.data_config.items()},
     )
     return model, data, kept, len(source.classes)

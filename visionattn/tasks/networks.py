@@ -1,0 +1,49 @@
+"""Networks from the ``model`` group of a configuration or a checkpoint, which can name nothing else."""
+
+from importlib import import_module
+from typing import Any
+
+import timm
+from torch import nn
+
+import visionattn
+
+_HEADS = "visionattn.heads."
+_TIMM = "timm.create_model"
+
+
+def head_class(target: str) -> type[nn.Module]:
+    """A module of ``visionattn.heads`` by its full name.
+
+    Raises:
+        ValueError: The name of anything else.
+    """
+    module, _, name = target.rpartition(".")
+    if module.startswith(_HEADS) and module.removeprefix(_HEADS).isidentifier():
+        try:
+            found = getattr(import_module(module), name, None)
+        except ModuleNotFoundError:
+            found = None
+        if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == module:
+            return found
+    raise ValueError(f"model._target_={target} is no network of {_HEADS}*; for masks choose model=unet or another")
+
+
+def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) -> nn.Module:
+    """The classifier of a ``model`` group: a model of timm, or a class of ``visionattn.heads`` around one.
+
+    Args:
+        arguments: ``model_name`` and timm's arguments; or ``_target_``, ``backbone`` and the arguments of the class.
+        num_classes: Classes.
+        in_chans: Channels of the image.
+
+    Raises:
+        ValueError: An unknown model or ``_target_``.
+    """
+    given = {key: value for key, value in arguments.items() if key != "_target_"}
+    sizes = dict(num_classes=num_classes, in_chans=in_chans)
+    if (target := arguments.get("_target_", _TIMM)) != _TIMM:
+        return head_class(target)(**given, **sizes)
+    if not timm.is_model(given["model_name"].split(".")[0]):
+        visionattn.create_model(given["model_name"])  # raises with the nearest names
+    return timm.create_model(**given, **sizes)
