@@ -4,11 +4,12 @@ Prints the shared memory of each in bytes as JSON. Run without TRITON_INTERPRET:
 
     python tests/ops/compile_kernels.py 90 [--once] [states neighborhoods ...]
 
-``--once`` compiles each kernel for the first shape alone.
+``--once`` compiles each kernel only for the call with the largest tiles.
 """
 
 import argparse
 import json
+import math
 import sys
 
 import torch
@@ -41,15 +42,29 @@ class Recorder:
 
     def __init__(self, name, kernel, target, once):
         self.name, self.kernel, self.target = name, kernel, target
-        self.arg_names, self.once, self.compiled = kernel.arg_names, once, False
+        self.arg_names, self.once, self.calls = kernel.arg_names, once, []
 
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps=4, num_stages=2, maxnreg=None, **constants):
-        if self.once and self.compiled:
-            return
-        self.compiled = True
+    def compile(self, *args, **options):
+        if self.once:
+            self.calls.append((args, options))
+        else:
+            self.build(*args, **options)
+
+    def build_largest(self):
+        """The one of the recorded calls whose sizes of tiles and numbers of stages have the largest product."""
+
+        def size(call):
+            args, options = call
+            widest = max(value.itemsize for value in args if torch.is_tensor(value))
+            return widest * math.prod(v for v in options.values() if type(v) is int and v > 0)
+
+        args, options = max(self.calls, key=size)
+        self.build(*args, **options)
+
+    def build(self, *args, num_warps=4, num_stages=2, maxnreg=None, **constants):
         names = [name for name in self.kernel.arg_names if name not in constants]
         signature, attrs = dict.fromkeys(constants, "constexpr"), {}
         for name, value in zip(names, args, strict=True):
@@ -232,13 +247,18 @@ FAMILIES = (
 def run(capability, once, names):
     """Call the launching code with tensors of the published shapes and kernels that only compile."""
     target = GPUTarget("cuda", capability, 32)
+    recorders = []
     modules = [x for name, x in sys.modules.items() if name.startswith("visionattn.ops.") and ".kernels_" in name]
     for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Recorder(name, getattr(module, name), target, once))
+            recorders.append(Recorder(name, getattr(module, name), target, once))
+            setattr(module, name, recorders[-1])
     for family in FAMILIES:
         if not names or family.__name__ in names:
             family(capability)
+    for recorder in recorders:
+        if recorder.calls:
+            recorder.build_largest()
 
 
 parser = argparse.ArgumentParser()
