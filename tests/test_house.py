@@ -123,9 +123,9 @@ MEASURE = """
 import json, sys, time
 import timm
 before = set(sys.modules)
-middle = time.perf_counter()
+middle = time.process_time()
 import visionattn
-end = time.perf_counter()
+end = time.process_time()
 everything = sorted(sys.modules)
 print(json.dumps(dict(own=end - middle, new=sorted(set(everything) - before), all=everything)))
 """
