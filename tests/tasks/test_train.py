@@ -55,7 +55,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    code, output = run(tmp_path, "name=killed", "ckpt_path=last", *averaged)
+    code, output = run(tmp_path, "name=killed", "ckpt_path=last", "data.workers=1", *averaged)
     assert code == 0, output
     expected, actual = weights(tmp_path, "whole"), weights(tmp_path, "killed")
     assert expected.keys() == actual.keys()

@@ -60,6 +60,8 @@ class MaskData(lightning.LightningDataModule):
         trainer = self.trainer
         repeats = self.config.get("repeats", 1) if train else 1
         sampler = EpochSampler(samples, train, self.seed, repeats, trainer.global_rank, trainer.world_size)
+        # workers read ahead before the trainer says which epoch it resumes
+        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
         size = self.config["batch_size"] if train else self.config.get("val_batch_size", 1)
         return DataLoader(
             samples,

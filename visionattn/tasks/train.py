@@ -56,6 +56,8 @@ class ImageData(lightning.LightningDataModule):
         sampler = EpochSampler(
             samples, train, self.seed, self.config["repeats"] if train else 1, trainer.global_rank, trainer.world_size
         )
+        # workers read ahead before the trainer says which epoch it resumes
+        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
         return DataLoader(
             samples,
             batch_size=self.config["batch_size"],
