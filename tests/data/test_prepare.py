@@ -51,6 +51,25 @@ def test_published_layout(tmp_path, name):
     assert [path.name for path in output.parent.iterdir()] == [name]
 
 
+def cvc_twice(folder, sequences):
+    """Both formats and a table of sequences, the TIFF files damaged, as an archive in circulation has them."""
+    files, lines = {}, ["frame_id,sequence_id,png_image_path"]
+    for i in range(1, 13):
+        files[f"PNG/Original/{i}.png"], files[f"PNG/Ground Truth/{i}.png"] = picture("x.png"), picture("x.png", 255)
+        files[f"TIF/Original/{i}.tif"] = files[f"TIF/Ground Truth/{i}.tif"] = b"no image"
+        lines += [f"{i},{i % 4},PNG/Original/{i}.png"] if i <= sequences else []
+    files["metadata.csv"] = "\n".join(lines).encode()
+    return [zipped(folder / "cvc.zip", files)]
+
+
+def test_cvc_in_two_formats_is_split_by_its_table(tmp_path):
+    info = prepare("cvc", cvc_twice(tmp_path, 12), tmp_path / "cvc", complete=False)
+    assert info["counts"] == dict(images=12, masks=12, fields=0, empty_masks=0)
+    assert info["groups"] == {str(i): str(i % 4) for i in range(1, 13)}
+    with pytest.raises(ValueError, match=r"metadata.csv names no group of 2 images, first \['11', '12'\]"):
+        prepare("cvc", cvc_twice(tmp_path, 10), tmp_path / "again", complete=False)
+
+
 def test_usual_splits(tmp_path):
     sets = {}
     for name in ("drive", "chase", "hrf"):

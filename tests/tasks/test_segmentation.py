@@ -1,5 +1,6 @@
 """Segmentation from training to masks, and its losses and schedules."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def train(folder, name, *changes):
     return folder / name
 
 
-def content(run):
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+def content(run, which="last"):
+    return torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,33 @@ def test_stops_where_nothing_gets_better(tmp_path):
     assert content(stopped)["epoch"] < 8
     with pytest.raises(SystemExit, match="patience=0 must be at least 1"):
         train(tmp_path, "d", "patience=0")
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_validation_loss_is_the_loss_of_the_logits(classes):
+    logits, mask = inputs((2, classes, 8, 9)).float(), inputs((2, 8, 9)).gt(0).long()
+    loss = "bce_dice" if classes == 1 else "ce_dice"
+    rates = dict(opt="sgd", lr=0.1, weight_decay=0.0, layer_decay=None, schedule="cosine", cycles=1, decay=1.0)
+    later = dict(warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, ema_decay=None, ema_eval=False, aux_weight=1.0)
+    task = Segmentation(
+        torch.nn.Identity(), classes, 0, 1, loss, **rates, **later, freeze=[], window=None, flips=False, hparams={}
+    )
+    logged = {}
+    task.log = lambda name, value, **_: logged.update({name: value})
+    task.validation_step(dict(image=logits, mask=mask), 0)
+    torch.testing.assert_close(logged["val/loss"], MaskLoss(loss, classes)(logits, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_best_by_the_loss(tmp_path):
+    folder = train(tmp_path, "e", "trainer.max_epochs=3", "monitor=val/loss")
+    with (folder / "logs" / "metrics.csv").open() as file:
+        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert len(losses) == 3
+    best = content(folder, "best")
+    scores = [state["best_model_score"] for key, state in best["callbacks"].items() if "val/loss" in key]
+    assert float(scores[0]) == pytest.approx(min(losses)) and losses[best["epoch"]] == min(losses)
+    with pytest.raises(SystemExit, match="monitor=val/top1 must be one of val/dice, val/iou, val/loss"):
+        train(tmp_path, "f", "monitor=val/top1")
 
 
 def test_threshold_is_in_the_checkpoint(run):

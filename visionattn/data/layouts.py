@@ -1,8 +1,9 @@
 """How published segmentation sets are laid out in the archives that their makers hand out, and how they are split.
 
 Patterns match the end of a file's path inside the archives, in lower case. The retinal sets follow what
-mmsegmentation's converters expect (github.com/open-mmlab/mmsegmentation, tools/dataset_converters); names and counts of
-the others have not been compared with their archives. ``docs/segmentation_data.md`` tells them in words.
+mmsegmentation's converters expect (github.com/open-mmlab/mmsegmentation, tools/dataset_converters); names and values of
+the others were compared with the loaders of several public repositories, not with the archives.
+``docs/segmentation_data.md`` tells them in words.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,11 @@ class Layout:
         counts: Number of images of the whole set.
         split: Identifiers, sorted, and their groups to splits.
         group: Identifier to patient or other unit.
+        group_table: Name of a CSV file which, if it is there, knows the groups better: its column of image paths and
+            that of groups.
         field: Pattern of a field-of-view mask.
         ignored: Pattern of files that belong to the set and are not used.
+        copies: Pattern of files that give way where the archive has their image in another format too.
         values: Mask value to label, for masks that are neither binary nor labels.
         threshold: Smallest foreground value of binary masks.
         unlabelled: Whether images without mask are taken along (a test split whose truth is kept back).
@@ -40,7 +44,9 @@ class Layout:
     split: Callable[[list[str], list[str]], Splits]
     group: Callable[[str], str] = str
     field: str | None = None
+    group_table: tuple[str, str, str] | None = None
     ignored: str | None = None
+    copies: str | None = None
     values: tuple[tuple[int, int], ...] = ()
     threshold: int | None = None
     unlabelled: bool = False
@@ -173,9 +179,11 @@ LAYOUTS: dict[str, Layout] = {
         mask=r"ground truth/(?P<id>\d+)\.(?:tif|png)",
         threshold=128,
         counts=612,
+        copies=r"(?:original|ground truth)/\d+\.tif",
         group=lambda name: str((int(name) - 1) // 25),
+        group_table=("metadata.csv", "png_image_path", "sequence_id"),
         split=_random,
-        note="split 80/10/10 at random by runs of 25 neighbouring frames, since the archive does not say where its "
-        "29 sequences begin: a sequence can be cut where a run ends",
+        note="split 80/10/10 at random by the 29 sequences of metadata.csv, or without that file by runs of 25 "
+        "neighbouring frames, which can cut a sequence where a run ends",
     ),
 }

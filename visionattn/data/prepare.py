@@ -1,5 +1,6 @@
 """From a published set's archives to one folder of PNG files that ``PreparedDataset`` reads."""
 
+import csv
 import json
 import re
 import tempfile
@@ -73,7 +74,7 @@ def _convert(
     images, masks, fields = _match(name, layout, folders)
     names = sorted(images)
     _check_pairs(name, layout, images, masks, fields, complete)
-    groups = [layout.group(item) for item in names]
+    groups = _groups(layout, folders, names)
     splits = layout.split(names, groups)
     for kind in ("images", "masks", *(["fields"] if fields else [])):
         (target / kind).mkdir(parents=True)
@@ -145,6 +146,10 @@ def _match(
         raise ValueError(
             f"{name}: {len(surplus)} images do not belong to the set, first {surplus[:3]}; give only its own archives"
         )
+    if layout.copies:
+        copy = re.compile(rf"(?:^|.*/){layout.copies}$")
+        for files in (*found["image"].values(), *found["mask"].values()):
+            files[:] = [path for path in files if not copy.match(path.as_posix().lower())] or files
     double = {item: paths for item, paths in found["image"].items() if len(paths) > 1}
     if double:
         item, paths = next(iter(double.items()))
@@ -184,6 +189,27 @@ def _check_pairs(
     blind = sorted(set(images) - set(fields)) if fields else []
     if blind:
         raise ValueError(f"{name}: {len(blind)} images have no field of view {blind[:3]}; give all archives of the set")
+
+
+def _groups(layout: Layout, folders: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """The group of every image, from the set's own table if the archives hold one."""
+    if layout.group_table:
+        name, image, group = layout.group_table
+        tables = [path for folder in folders for path in folder.rglob(name)]
+        if tables:
+            with tables[0].open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            if not rows or not {image, group} <= rows[0].keys():
+                raise ValueError(f"{tables[0].name} has no columns {image!r} and {group!r}; repair or remove it")
+            table = {Path(row[image]).stem.lower(): row[group] for row in rows}
+            lacking = [item for item in names if item not in table]
+            if lacking:
+                raise ValueError(
+                    f"{tables[0].name} names no group of {len(lacking)} images, first {lacking[:3]}; "
+                    "repair or remove it"
+                )
+            return [table[item] for item in names]
+    return [layout.group(item) for item in names]
 
 
 def _labels(paths: Sequence[Path], layout: Layout) -> np.ndarray:

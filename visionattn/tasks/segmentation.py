@@ -81,7 +81,8 @@ class Segmentation(Training):
     Every random choice of a step comes from generators seeded by (seed, epoch, batch, rank). After each validation the
     threshold with the best Dice of the validation split's one confusion matrix is taken and kept in the checkpoint's
     hyperparameters; tests use it as it is. Several classes need none. ``val/dice`` is that Dice (of several classes
-    the mean over those with a value; NaN where there is none), ``val/dice_at_half`` the one at 0.5.
+    the mean over those with a value; NaN where there is none), ``val/dice_at_half`` the one at 0.5. ``val/loss`` is the
+    training loss of the probabilities found, the mean over batches.
 
     Args:
         model: Images ``[B, C, H, W]`` to logits ``[B, K, H, W]``, in training possibly several; K = 1 is binary.
@@ -112,7 +113,7 @@ class Segmentation(Training):
         ValueError: An unknown loss, schedule or part, or ``freeze`` with a model that has no such method.
     """
 
-    monitor, masks = "val/dice", True
+    monitors, masks = ("val/dice", "val/iou", "val/loss"), True
 
     def __init__(
         self,
@@ -175,6 +176,10 @@ class Segmentation(Training):
         mask = batch["mask"]
         found = of_size(probabilities(self.evaluated, batch["image"], self.window, flips=self.flips), mask)
         inside = mask != IGNORE
+        # windows and reflections are averaged as probabilities, so the loss goes back to logits from them
+        whole = found if self.num_classes == 1 else torch.cat([1 - found.sum(1, keepdim=True), found], 1)
+        logits = whole.logit(1e-6) if self.num_classes == 1 else whole.clamp_min(1e-6).log()
+        self.log("val/loss", self.loss(logits, mask), batch_size=len(mask), sync_dist=True)
         if self.num_classes == 1:
             pairs = [(found[:, 0] > t, mask == 1) for t in THRESHOLDS]
         else:

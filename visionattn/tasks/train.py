@@ -98,9 +98,13 @@ def _check_classes(path: str, classes: list[str]) -> None:
         )
 
 
-def _trainer(config: DictConfig, folder: Path, monitor: str) -> lightning.Trainer:
+def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lightning.Trainer:
+    monitor = config.monitor or monitors[0]
+    if monitor not in monitors:
+        raise ValueError(f"monitor={monitor} must be one of {', '.join(monitors)}")
+    mode = "min" if monitor.endswith("loss") else "max"
     callbacks = [
-        ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode="max", save_on_train_epoch_end=True),
+        ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
         # so that a resumed run knows the best score
         ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
@@ -111,7 +115,7 @@ def _trainer(config: DictConfig, folder: Path, monitor: str) -> lightning.Traine
         if config.patience < 1:
             raise ValueError(f"patience={config.patience} must be at least 1 epoch, or null to train to the end")
         # an undefined score is no better one, but no reason to stop either
-        stopping = EarlyStopping(monitor, mode="max", patience=config.patience, check_finite=False)
+        stopping = EarlyStopping(monitor, mode=mode, patience=config.patience, check_finite=False)
         callbacks.append(stopping)
     terminal = sys.stdout.isatty()
     if terminal:
@@ -179,7 +183,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if task_class.masks:
         from visionattn.tasks.segmentation_data import prepare_masks as prepare  # needs the packages of [seg]
     model, data, kept, num_classes = prepare(config, source, val)
-    trainer = _trainer(config, folder, task_class.monitor)
+    trainer = _trainer(config, folder, task_class.monitors)
     batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
     lr = config.task.lr * batch / config.task.lr_batch
     rank_zero_info(

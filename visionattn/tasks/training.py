@@ -76,7 +76,7 @@ class Training(lightning.LightningModule):
         ValueError: Another schedule.
     """
 
-    monitor = "val/top1"  # what the best checkpoint is the best in
+    monitors: tuple[str, ...] = ("val/top1", "val/top5", "val/loss")  # what the best checkpoint may be the best in
     masks = False  # whether the data are images with masks
 
     def __init__(
