@@ -121,13 +121,14 @@ def test_files_name_no_place_on_a_machine():
 
 MEASURE = """
 import json, sys, time
+start = time.process_time()
 import timm
 before = set(sys.modules)
 middle = time.process_time()
 import visionattn
 end = time.process_time()
 everything = sorted(sys.modules)
-print(json.dumps(dict(own=end - middle, new=sorted(set(everything) - before), all=everything)))
+print(json.dumps(dict(share=(end - middle) / (middle - start), new=sorted(set(everything) - before), all=everything)))
 """
 
 
@@ -138,24 +139,24 @@ def python(program, *options):
 
 @pytest.fixture(scope="module")
 def imports():
-    results = [python(MEASURE) for _ in range(3)]
-    assert not any(result.returncode for result in results), results[0].stderr
-    return [json.loads(result.stdout) for result in results]
+    result = python(MEASURE)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @pytest.mark.slow
 def test_import_pulls_in_no_training_library(imports):
     heavy = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "torchmetrics", "matplotlib"}
     heavy |= {"mmengine", "mmcv", "mmseg", "mmdet", "segmentation_models_pytorch"}
-    assert not heavy & {name.partition(".")[0] for name in imports[0]["all"]}
+    assert not heavy & {name.partition(".")[0] for name in imports["all"]}
 
 
 def test_import_adds_no_triton_module(imports):
-    assert not [name for name in imports[0]["new"] if name.partition(".")[0] == "triton"]
+    assert not [name for name in imports["new"] if name.partition(".")[0] == "triton"]
 
 
 def test_import_is_quick_beside_timm(imports):
-    assert min(result["own"] for result in imports) < 0.3
+    assert imports["share"] < 0.12  # whatever the machine and what else it does
 
 
 def test_import_gives_no_warning():

@@ -51,42 +51,28 @@ def train_command(args: argparse.Namespace) -> None:
         print(f"{name} {value:.4f}")
 
 
-def _segmentation(run: str) -> bool:
-    """Whether a run is of a segmentation, whose packages must then be there."""
-    from visionattn.tasks.inference import is_segmentation
-
-    found = is_segmentation(run)
-    missing = [name for name in ("monai", "tifffile", "segmentation_models_pytorch") if find_spec(name) is None]
-    if found and missing:
-        raise ImportError(f'{run} is a segmentation ({", ".join(missing)} missing): pip install "visionattn[seg]"')
-    return found
-
-
 def eval_command(args: argparse.Namespace) -> None:
     """Evaluate a run's best checkpoint, or a model with any weights; prints JSON and writes it."""
     _need_training_packages()
     from visionattn.tasks.config import write_text
     from visionattn.tasks.inference import evaluate_model, evaluate_run
+    from visionattn.tasks.kinds import KINDS, function, kind_of
 
     runs = [text for text in args.arguments if "=" not in text]
     overrides = [text for text in args.arguments if "=" in text]
     if len(runs) + (args.model is not None) != 1:
         raise ValueError("give either one RUN folder or --model NAME, and changes of the form key=value")
+    averaged = {"best": None, "averaged": True, "trained": False}[args.weights]
     if args.model:
         result, output = evaluate_model(args.model, args.checkpoint, overrides), args.output
-    elif _segmentation(runs[0]):
-        from visionattn.tasks.segmentation_inference import evaluate_masks
-        from visionattn.tasks.segmentation_report import table
-
-        weights = {"best": None, "averaged": True, "trained": False}[args.weights]
-        result = evaluate_masks(runs[0], overrides, weights)
-        print(table(result))
-        output = args.output
-        if output:
-            write_text(Path(output), json.dumps(result, indent=1) + "\n")
+    elif (found := kind_of(runs[0])) in KINDS:
+        result = function(KINDS[found].evaluate)(runs[0], overrides, averaged)
+        print(function(KINDS[found].table)(result))
+        if args.output:
+            write_text(Path(args.output), json.dumps(result, indent=1) + "\n")
         return
     else:
-        result = evaluate_run(runs[0], overrides, {"best": None, "averaged": True, "trained": False}[args.weights])
+        result = evaluate_run(runs[0], overrides, averaged)
         output = args.output or (Path(runs[0], "eval.json") if Path(runs[0]).is_dir() else None)
     text = json.dumps(result, indent=1)
     print(text)
@@ -99,19 +85,16 @@ def predict_command(args: argparse.Namespace) -> None:
     _need_training_packages()
     from visionattn.data.images import read_image
     from visionattn.tasks.inference import draw, load_model, load_run, predict
+    from visionattn.tasks.kinds import KINDS, function, kind_of
 
     if (args.run_folder is None) == (args.model is None):
         raise ValueError("give either --run FOLDER or --model NAME")
     if args.topk < 1:
         raise ValueError(f"--topk {args.topk}: expected at least 1")
-    if args.task == "segmentation" or (args.task is None and args.run_folder and _segmentation(args.run_folder)):
-        if args.run_folder is None:
-            raise ValueError("--task segmentation needs --run FOLDER")
-        from visionattn.tasks.segmentation_inference import predict_masks
-
-        folder = "predictions" if args.output == "prediction.png" else args.output
-        for path in predict_masks(args.run_folder, args.images, folder, args.window, args.flips):
-            print(f"mask: {path}")
+    task = args.task or (kind_of(args.run_folder) if args.run_folder else "classification")
+    if task in KINDS:
+        for line in function(KINDS[task].predict)(args):
+            print(line)
         return
     classifier = load_run(args.run_folder) if args.run_folder else load_model(args.model, args.checkpoint)
     images = [read_image(path, classifier.in_chans, exif=True) for path in args.images]
@@ -142,13 +125,13 @@ def convert_command(args: argparse.Namespace) -> None:
 def data_command(args: argparse.Namespace) -> None:
     """Unpack and check a published data set that the user downloaded."""
     _need_training_packages()
-    from visionattn.data.prepare import prepare
+    from visionattn.data.published import preparer
 
     def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        found = prepare(args.name, args.archives, args.output, report, complete=not args.partial)
+        found = preparer(args.name)(args.name, args.archives, args.output, report, complete=not args.partial)
     except FileExistsError as error:
         raise ValueError(str(error)) from error
     counts = ", ".join(f"{len(names)} {split}" for split, names in found["splits"].items())

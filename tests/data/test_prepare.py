@@ -10,6 +10,7 @@ from made_up_archives import chase, cvc, drive, dsb2018, hrf, isic2018, kvasir, 
 from visionattn.data.layouts import LAYOUTS
 from visionattn.data.prepare import prepare
 from visionattn.data.prepared import HERSegSplit, PreparedDataset
+from visionattn.data.published import preparer
 
 EXPECTED = {  # train, val, test
     "drive": (drive, (16, 4, 20)),
@@ -103,7 +104,9 @@ def test_bad_archives_are_named(tmp_path):
 
     whole = kvasir(tmp_path)
     refused(ValueError, "kvasir has 1000 images, the archives hold 10", whole)
-    refused(ValueError, "did you mean 'kvasir'", whole, name="kvasr")
+    refused(ValueError, "no published set 'kvasr'", whole, name="kvasr")
+    with pytest.raises(ValueError, match="did you mean 'kvasir'"):
+        preparer("kvasr")
     refused(ValueError, "no archives", [])
     refused(FileNotFoundError, "none.zip", [tmp_path / "none.zip"])
     refused(FileNotFoundError, "no image of drive", whole, name="drive")

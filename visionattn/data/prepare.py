@@ -5,7 +5,6 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,7 @@ def prepare(
         ValueError: An unknown name, damaged archives, images without masks and the like, each named and counted.
     """
     if name not in LAYOUTS:
-        near = get_close_matches(name, LAYOUTS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"no published set {name!r}{hint} Known: {', '.join(LAYOUTS)}")
+        raise ValueError(f"no published set {name!r}, expected one of {', '.join(LAYOUTS)}")
     paths, output = [Path(archive) for archive in archives], Path(output)
     if not paths:
         raise ValueError(f"no archives for {name}; give the files as downloaded")

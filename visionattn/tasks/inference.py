@@ -45,17 +45,6 @@ def checkpoint_of(run: str | Path) -> Path:
     return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
 
 
-def is_segmentation(run: str | Path) -> bool:
-    """Whether a run's folder or checkpoint is of a segmentation; False where there is none."""
-    path = checkpoint_of(run)
-    if not path.is_file():
-        return False
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"].get("task") == "segmentation"
-    except Exception:  # loading it says what is wrong with it
-        return False
-
-
 def read_checkpoint(run: str | Path, averaged: bool | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """File, hyperparameters and the network's weights of a run's best checkpoint.
 

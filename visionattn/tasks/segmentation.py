@@ -113,7 +113,7 @@ class Segmentation(Training):
         ValueError: An unknown loss, schedule or part, or ``freeze`` with a model that has no such method.
     """
 
-    monitors, masks = ("val/dice", "val/iou", "val/loss"), True
+    monitors, kind = ("val/dice", "val/iou", "val/loss"), "segmentation"
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Using a trained segmentation run: evaluation on a split, masks of image files."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,15 @@ def predict_masks(
             _save(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")
         written.append(target)
     return written
+
+
+def predict_command(args: Any) -> Iterator[str]:
+    """``visionattn predict`` for masks."""
+    if args.run_folder is None:
+        raise ValueError("--task segmentation needs --run FOLDER")
+    folder = "predictions" if args.output == "prediction.png" else args.output
+    for path in predict_masks(args.run_folder, args.images, folder, args.window, args.flips):
+        yield f"mask: {path}"
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -24,6 +24,7 @@ from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, Samples, collate
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.config import write_text
+from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.networks import make_classifier
 
 
@@ -179,9 +180,7 @@ def train(config: DictConfig) -> dict[str, float]:
         _check_classes(resume, source.classes)
     check_channels(config.data.in_chans)
     task_class = hydra.utils.get_class(config.task._target_)
-    prepare = _prepare_images
-    if task_class.masks:
-        from visionattn.tasks.segmentation_data import prepare_masks as prepare  # needs the packages of [seg]
+    prepare = function(KINDS[task_class.kind].prepare) if task_class.kind in KINDS else _prepare_images
     model, data, kept, num_classes = prepare(config, source, val)
     trainer = _trainer(config, folder, task_class.monitors)
     batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches

@@ -77,7 +77,7 @@ class Training(lightning.LightningModule):
     """
 
     monitors: tuple[str, ...] = ("val/top1", "val/top5", "val/loss")  # what the best checkpoint may be the best in
-    masks = False  # whether the data are images with masks
+    kind = "classification"  # or one of ``visionattn.tasks.kinds.KINDS``
 
     def __init__(
         self,
