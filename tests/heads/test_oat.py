@@ -164,6 +164,7 @@ def test_scenes_without_a_target_end_too():
     [
         (dict(dim=30), "rows=3, cols=4, dim=30"),
         (dict(crop=(20, 20)), r"crop=(20, 20) is too small"),
+        (dict(crop=(16, 20), spp=2), "19 pixels a side are needed"),
         (dict(spp=1), "spp=1 must be 0, 2, 3 or 4"),
         (dict(objects="image"), "expected objects='crops', or 'image' with a backbone"),
         (dict(backbone_kwargs=dict(x=1)), "need a backbone"),

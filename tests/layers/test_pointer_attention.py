@@ -66,6 +66,12 @@ def test_table_meets_the_published_objective(rows, sigma):
     assert 5 < table.norm(dim=1).mean() < 12  # the published ones have 5.9 to 8.9
 
 
+def test_a_table_made_under_another_device_is_no_empty_one():
+    with torch.device("meta"):
+        table = position_table(5, 7, seed=9)
+    assert table.device.type == "cpu" and torch.equal(table, position_table(5, 7, seed=9))
+
+
 def test_a_table_with_more_rows_than_numbers():
     table = position_table(40, 12)
     unit = table / table.norm(dim=1, keepdim=True)

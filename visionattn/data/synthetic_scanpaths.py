@@ -1,5 +1,7 @@
 """SYNTHETIC scanpaths over scenes of real handwritten digits: a stated rule made the fixations, no one looked."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from visionattn.data.datasets import EmbeddedDigits
@@ -12,6 +14,13 @@ WEIGHTS = dict(saliency=0.7, similarity=0.6, distance=0.8, inhibition=2.8, recov
 """Of the rule. ``distance`` is per cell; ``recovery`` is the factor per fixation on the inhibition; ``noise`` is the
 scale of a Gumbel variable."""
 _BACKGROUND = 40
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[4000, 28, 28]`` and labels; reading them takes seconds."""
+    digits = EmbeddedDigits(split="train")
+    return digits.images, digits.labels
 
 
 def similarity(kinds: np.ndarray, target: int) -> np.ndarray:
@@ -92,12 +101,10 @@ class SyntheticScanpaths:
             raise ValueError(
                 f"scenes={scenes}, rows={rows}, cols={cols}, viewers={viewers}, longest={longest}: at least 1"
             )
-        digits = EmbeddedDigits(split="val" if split == "test" else "train")
-        part = {"train": slice(0, None, 1), "val": slice(0, None, 5), "test": slice(None)}[split]
-        chosen = np.arange(len(digits))[part]
-        if split == "train":  # all but the validation digits
-            chosen = np.setdiff1d(chosen, chosen[::5])
-        self.digits, self.labels = np.asarray(digits.images)[chosen], np.asarray(digits.labels)[chosen]
+        images, labels = _digits()
+        fifth = np.arange(len(images)) % 5
+        chosen = {"train": fifth > 1, "val": fifth == 0, "test": fifth == 1}[split]
+        self.digits, self.labels = images[chosen], labels[chosen]
         self.count = scenes if split == "train" else max(scenes // 10, 20)
         self.draws = 1 if split == "train" else viewers
         self.rows, self.cols, self.max_length, self.seed = rows, cols, longest, seed

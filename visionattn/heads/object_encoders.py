@@ -52,6 +52,8 @@ class CropCNN(nn.Module):
         sides = [((side - 4) // 5 - 2) // 3 for side in crop]
         if not spp and min(sides) < 1:
             raise ValueError(f"crop={tuple(crop)} is too small for the published pooling, 29 pixels a side; set spp=2")
+        if spp and min(crop) < 19:
+            raise ValueError(f"crop={tuple(crop)} is too small for the convolutions, 19 pixels a side are needed")
         self.levels = tuple(2**i for i in range(spp))
         self.cnn1 = nn.Sequential(nn.Conv2d(in_chans, 16, 5), nn.ReLU(), nn.MaxPool2d(5))
         self.cnn2 = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Identity() if spp else nn.MaxPool2d(3))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 def target_cosines(rows: int, sigma: float) -> Tensor:
     """``exp(-(i - j)^2 / (2 sigma^2))``, ``[rows, rows]`` float64."""
-    i = torch.arange(rows, dtype=torch.float64)
+    i = torch.arange(rows, dtype=torch.float64, device="cpu")
     return torch.exp(-((i[:, None] - i) ** 2) / (2 * sigma**2))
 
 
@@ -30,8 +30,9 @@ def table_loss(table: Tensor, sigma: float) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _table(rows: int, dim: int, sigma: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+    # kept between calls, so never on the device of a context such as torch.device("meta")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(rows, dim, generator=generator, dtype=torch.float64, device="cpu")
     values, vectors = torch.linalg.eigh(target_cosines(rows, sigma))
     rank = min(rows, dim)
     # columns by falling eigenvalue; beyond dim rows the smallest ones, next to nothing, are left out
