@@ -10,6 +10,7 @@ from visionattn.data.layouts import LAYOUTS
 SETS: dict[str, str] = dict.fromkeys(LAYOUTS, "visionattn.data.prepare:prepare")
 """Name of a set to ``module:function`` with the arguments of ``visionattn.data.prepare.prepare``, whose result has
 ``splits`` (names of each split)."""
+SETS |= dict.fromkeys(("amazon", "shelves", "cocosearch18", "mit1003"), "visionattn.data.scanpath_sets:prepare")
 
 
 def preparer(name: str) -> Callable[..., dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+_SCORES = ("val/sequence_score", "val/delta", "val/exact")
 _BATCH_LINE_SECONDS = 60  # long epochs report that often
 
 
@@ -72,5 +73,9 @@ class EpochLines(Callback):
             for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"), ("Dice", "val/dice"))
             if key in metrics
         ]
+        scores = [
+            f"{key.removeprefix('val/').replace('_', ' ')} {metrics[key]:.3f}" for key in _SCORES if key in metrics
+        ]
+        parts += scores
         parts += [f"lr {metrics['lr']:.2g}"] if "lr" in metrics else []
         rank_zero_info(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}, {seconds:.1f} s")

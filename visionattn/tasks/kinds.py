@@ -41,6 +41,22 @@ KINDS = {
         packages=("monai", "tifffile", "segmentation_models_pytorch"),
         extra="seg",
     ),
+    "scanpath": Kind(
+        prepare="visionattn.tasks.scanpath_data:prepare_scanpaths",
+        evaluate="visionattn.tasks.scanpath_inference:evaluate_scanpaths",
+        table="visionattn.tasks.scanpath_report:table",
+        predict="visionattn.tasks.scanpath_inference:predict_command",
+        packages=("multimatch_gaze", "rapidfuzz"),
+        extra="gaze",
+    ),
+    "hull": Kind(
+        prepare="visionattn.tasks.hull:prepare_hulls",
+        evaluate="visionattn.tasks.hull_inference:evaluate_hulls",
+        table="visionattn.tasks.hull_inference:table",
+        predict="visionattn.tasks.hull_inference:predict_command",
+        packages=("scipy",),
+        extra="gaze",
+    ),
 }
 """All but classification, which the commands know themselves."""
 

@@ -103,7 +103,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     monitor = config.monitor or monitors[0]
     if monitor not in monitors:
         raise ValueError(f"monitor={monitor} must be one of {', '.join(monitors)}")
-    mode = "min" if monitor.endswith("loss") else "max"
+    mode = "min" if monitor.endswith(("loss", "delta")) else "max"
     callbacks = [
         ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
