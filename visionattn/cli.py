@@ -229,7 +229,8 @@ def _add_using(commands: Any) -> None:
     command.add_argument("--model", help="a registered model with pretrained weights")
     command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
-    command.add_argument("--task", choices=("classification", "segmentation"), help="by default the run's")
+    command.add_argument("--task", choices=("classification", "segmentation", "grounding"), help="by default the run's")
+    command.add_argument("--question", help="of a grounding run: what its mask is to answer")
     command.add_argument("--window", type=int, help="of a segmentation: side of the windows (default: the run's)")
     command.add_argument("--flips", action="store_true", help="of a segmentation: average over reflections")
     command.add_argument(

@@ -83,7 +83,9 @@ class QuestionList:
         missing = [f"image {row.image}" for row in rows if not row.image.is_file()]
         missing += [f"mask {row.mask} of image {row.image.name}" for row in rows if not row.mask.is_file()]
         if missing:
-            raise FileNotFoundError(f"{where}: {len(missing)} files are missing, first {missing[0]}; add or unlist them")
+            raise FileNotFoundError(
+                f"{where}: {len(missing)} files are missing, first {missing[0]}; add or unlist them"
+            )
         self.rows, self.in_chans, self.threshold = list(rows), in_chans, threshold
         self.questions = [row.question for row in rows]
         self.groups = [row.group for row in rows]

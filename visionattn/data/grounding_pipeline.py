@@ -7,9 +7,9 @@ import torch
 
 from visionattn.data.grounding import GroundingSource, Question
 from visionattn.data.pipeline import Batch
+from visionattn.data.randomness import seeded
 from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_samples
 from visionattn.data.segmentation_transforms import SegmentationTransform
-from visionattn.data.randomness import seeded
 
 _SIDES = frozenset({"left", "right", "leftmost", "rightmost", "clockwise", "counterclockwise"})
 

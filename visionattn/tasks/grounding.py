@@ -114,4 +114,3 @@ class Grounding(Training):
 
 def _mean(rows: list[dict[str, float]], key: str) -> Tensor:
     return torch.tensor([row[key] for row in rows]).mean()
-

@@ -31,7 +31,9 @@ def question_metrics(probability: Tensor, truth: Tensor) -> dict[str, float]:
         ValueError: Shapes that differ.
     """
     if probability.shape != truth.shape or truth.dim() != 2:
-        raise ValueError(f"expected a probability and a truth [H, W], got {list(probability.shape)}, {list(truth.shape)}")
+        raise ValueError(
+            f"expected a probability and a truth [H, W], got {list(probability.shape)}, {list(truth.shape)}"
+        )
     true = truth == 1
     hit = float(true.flatten()[probability.flatten().argmax()]) if bool(true.any()) else math.nan
     return dict(iou=iou(probability > 0.5, true), pointing=hit, area=float(true.float().mean()))
