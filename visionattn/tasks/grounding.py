@@ -75,7 +75,7 @@ class Grounding(Training):
         schedule: str,
         cycles: float,
         decay: float,
-        warmup_epochs: int,
+        warmup_epochs: float,
         warmup_lr: float,
         min_lr: float,
         ema_decay: float | None,
