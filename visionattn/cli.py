@@ -192,7 +192,9 @@ def _add_training(commands: Any) -> None:
     command = commands.add_parser("data", help="prepare a data set that you downloaded; nothing is fetched")
     actions = command.add_subparsers(required=True)
     command = actions.add_parser("prepare", help="unpack and check a published set, write images and masks as PNG")
-    command.add_argument("name", help="drive, chase, stare, hrf, isic2018, refuge, dsb2018, kvasir or cvc")
+    command.add_argument(
+        "name", help="drive, chase, stare, hrf, isic2018, refuge, dsb2018, kvasir, cvc; vizwiz, textvqa_x, vqs, vqa_x"
+    )
     command.add_argument("archives", nargs="+", metavar="ARCHIVE", help="files as downloaded, or folders of them")
     command.add_argument("--output", required=True, help="folder to write, which must not exist")
     command.add_argument("--partial", action="store_true", help="accept another number of images than the published")
