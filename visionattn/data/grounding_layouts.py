@@ -39,7 +39,7 @@ def vizwiz(files: Files) -> Iterator[Entry]:
 
 
 def textvqa_x(files: Files) -> Iterator[Entry]:
-    """TextVQA-X: ``{train,val}_id.txt``, ``explanations_token.json``, ``seg/ID.npy``; TextVQA's questions and images."""
+    """TextVQA-X: ``{train,val}_id.txt``, ``explanations_token.json``, ``seg/ID.npy``; TextVQA's questions, images."""
     asked = {}
     for path in _matching(files, r"textvqa_[\d.]+_(?:train|val|test)\.json"):
         asked.update({str(entry["question_id"]): entry for entry in _load(path, dict).get("data", [])})

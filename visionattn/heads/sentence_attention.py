@@ -248,7 +248,8 @@ def efficientnet_key(key: str, backbone: nn.Module) -> str:
     match = re.match(r"_blocks\.(\d+)\.(\w+)\.(\w+)$", key)
     if not match or match[2] not in _PARTS or not hasattr(backbone, "blocks"):
         return key
-    number, stages = int(match[1]), list(backbone.blocks)
+    blocks: Any = backbone.blocks
+    number, stages = int(match[1]), list(blocks)
     for i, stage in enumerate(stages):
         if number < len(stage):
             expands = hasattr(stage[number], "conv_pwl")

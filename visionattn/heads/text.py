@@ -153,6 +153,7 @@ class TransformerEncoder(TextEncoder):
         self.tokenizer = tokenizer
         self.model = model.train().requires_grad_(True) if trainable else None
         self.known: dict[str, Tensor] = {}
+        self.place: Tensor
         self.register_buffer("place", torch.empty(0), persistent=False)  # follows the network to its device
 
     def check(self, questions: Sequence[str]) -> None:
