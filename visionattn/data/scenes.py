@@ -75,7 +75,12 @@ class Scenes:
         check_split(split)
         check_channels(in_chans)
         least, most = shapes
-        if side < 96 or not 4 <= least <= most <= 6 or not 1 <= questions_each <= least or (count or 1) < 1:
+        if (
+            side < 96
+            or not 4 <= least <= most <= 6
+            or not 1 <= questions_each <= least
+            or (1 if count is None else count) < 1
+        ):
             raise ValueError(
                 f"side={side}, shapes={list(shapes)}, questions_each={questions_each}, count={count}: a side of at "
                 "least 96, 4 to 6 shapes, at most as many questions as shapes, and a scene are needed"
