@@ -79,14 +79,17 @@ def test_checkpointed_blocks_give_the_same_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(64, 64), (50, 75)])
+@pytest.mark.parametrize("size", [(64, 64), (50, 75)] if torch.cuda.is_available() else [(50, 75)])
 def test_model_by_kernels_equals_model_without(size):
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, x = timm.create_model("test_biformer").to(device).eval(), torch.randn(2, 3, *size, device=device)
-    compiled, results = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    n = 2 if device == "cuda" else 1  # the interpreter is slow
+    model, x = timm.create_model("test_biformer").to(device).eval(), torch.randn(n, 3, *size, device=device)
+    forms, results = [("eager", model), ("triton", model)], []
+    if device == "cuda":
+        forms.append(("triton", torch.compile(model, fullgraph=True, backend="aot_eager")))
     with torch.backends.cudnn.flags(allow_tf32=False):
-        for backend, function in (("eager", model), ("triton", model), ("triton", compiled)):
+        for backend, function in forms:
             with use_backend(backend):
                 logits = function(x)
                 grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
@@ -101,23 +104,9 @@ def test_model_by_kernels_equals_model_without(size):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager():
-    model, x = timm.create_model("biformer_nano", num_classes=10).eval(), torch.randn(2, 3, 64, 64)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    grads = []
-    for function in (model, compiled):
-        model.zero_grad()
-        out = function(x)
-        out.square().sum().backward()
-        grads.append((out, model.stem[0].weight.grad.clone()))
-    assert_close("logits", grads[0][0], grads[1][0], 1e-5)
-    assert_close("gradient of the first layer", grads[0][1], grads[1][1], 1e-4)
-
-
-@pytest.mark.slow
 def test_exported_with_free_sizes_equals_eager():
     free = torch.export.Dim.DYNAMIC
-    model = timm.create_model("biformer_t", num_classes=10).eval()
+    model = timm.create_model("test_biformer", num_classes=10).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: free, 2: free, 3: free},))
     for size in ((3, 3, 97, 65), (1, 3, 224, 224)):
         x = torch.randn(size)
@@ -125,15 +114,15 @@ def test_exported_with_free_sizes_equals_eager():
             assert_close(f"logits at {size}", model(x), program.module()(x), 1e-5)
 
 
-@pytest.mark.parametrize("batch", ["fixed", "free"])
-def test_onnx_equals_eager(batch, tmp_path):
+@pytest.mark.slow
+def test_onnx_with_a_free_batch_equals_eager(tmp_path):
     import onnxruntime
 
     model, path = timm.create_model("test_biformer").eval(), tmp_path / "model.onnx"
-    shapes = ({0: torch.export.Dim("batch")},) if batch == "free" else None
+    shapes = ({0: torch.export.Dim("batch")},)
     torch.onnx.export(model, (torch.randn(2, 3, 65, 97),), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
     session = onnxruntime.InferenceSession(path)
-    x = torch.randn(3 if batch == "free" else 2, 3, 65, 97)
+    x = torch.randn(3, 3, 65, 97)
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close("logits", model(x), logits, 1e-5)
 

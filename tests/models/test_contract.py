@@ -1,5 +1,5 @@
-"""The whole timm contract (``tests/contract``) for every test model; for one published variant of each family all but
-its graphs, whose making takes minutes with the depth and shows nothing that the test model of the family does not.
+"""The whole timm contract (``tests/contract``) for every test model; for one published variant of each family what its
+widths and depth may change.
 """
 
 import os
@@ -24,30 +24,25 @@ VARIANTS = [
     "activator_p4_32",
 ]
 
-
-POINTS = [
-    "registry",
-    "cfg",
-    "forward",
-    "size",
-    "classifier",
-    "in_chans",
-    "features",
-    "intermediates",
-    "training",
-    "weights",
-    "device",
-]
+POINTS = ["registry.*", "cfg.*", "features.*", "size.*", "in_chans.*"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, groups, least",
-    [*((name, ["*"], 75) for name in visionattn.list_models("test_*")), *((name, POINTS, 60) for name in VARIANTS)],
+    "names, points, least",
+    [*(([name], ["*"], 75) for name in visionattn.list_models("test_*")), (VARIANTS, POINTS, 200)],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_model_keeps_the_contract(name, groups, least):
-    points = [f"--points={group}.*" for group in groups]
-    command = [sys.executable, str(TOOL), "--import", "visionattn", "--extra", *points, name]
+def test_models_keep_the_contract(names, points, least):
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--import",
+        "visionattn",
+        "--extra",
+        *(f"--points={p}" for p in points),
+        *names,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from visionattn.cli import main
 from visionattn.data.segmentation import IGNORE
 from visionattn.tasks import segmentation_inference as inference
 from visionattn.tasks.segmentation import LOSSES, MaskLoss, Segmentation
+from visionattn.tasks.segmentation_baseline import baseline
 from visionattn.tasks.segmentation_data import make_network
 from visionattn.tasks.segmentation_inference import load_masker
 from visionattn.tasks.training import learning_rate_factor
@@ -116,6 +118,36 @@ def test_eval_writes_table_and_pictures(run, capsys):
         assert (folder / name).stat().st_size > 100
     rows = (folder / "per_image.csv").read_text().splitlines()
     assert len(rows) == 5 and "patient 1" in rows[-1]
+
+
+def test_one_grey_threshold_beside_the_run(run, capsys):
+    main(["eval", str(run), "baseline=true"])
+    assert re.search(r"One grey threshold .*: Dice 1.0000 mean over images", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("bright", [True, False])
+def test_grey_threshold_is_the_best_one(bright):
+    mask = torch.zeros(2, 4, 5, dtype=torch.long)
+    mask[:, 1:3], mask[0, 3, 3] = 1, IGNORE
+    grey = torch.where(mask == 1, 0.5, 0.0) * (1 if bright else -1) + torch.linspace(0, 0.4, 40).view(2, 4, 5)
+    grey[0, 3, 3] = 9.0  # without truth, and so without a say
+    items = [
+        dict(image=g.expand(3, 4, 5), mask=m, name=f"{i}", group="a")
+        for i, (g, m) in enumerate(zip(grey, mask, strict=True))
+    ]
+
+    class Items(list):
+        def __getitem__(self, key):
+            return list.__getitem__(self, key[1])
+
+    found = baseline(Items(items), Items(items))
+    pixels, true = grey[mask != IGNORE], mask[mask != IGNORE] == 1
+    scores = []
+    for t in pixels.unique():
+        predicted = pixels >= t if bright else pixels < t
+        scores.append(float(2 * (predicted & true).sum() / (predicted.sum() + true.sum())))
+    assert found["foreground"] == ("brighter" if bright else "darker")
+    assert found["dice_of_all"] == pytest.approx(max(scores), abs=0.02)
 
 
 def test_predict_writes_masks(run, tmp_path):

@@ -102,10 +102,16 @@ def test_two_processes_train_and_count_every_image(tmp_path):
 
 
 @pytest.mark.slow
+def test_bad_input_ends_with_one_line(tmp_path):
+    code, output = run(tmp_path, "name=bad", "model.model_name=biformer_ss")
+    assert code == 1
+    assert "error: " in output and "did you mean" in output and "Traceback" not in output
+    assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.model_name=biformer_ss"], "did you mean"),
         (["model=nothing"], "nothing"),
         (["data=folder", "data.root=/nowhere"], "no dataset folder"),
         (["ckpt_path=last"], "no checkpoint"),
@@ -113,10 +119,9 @@ def test_two_processes_train_and_count_every_image(tmp_path):
         (["data.in_chans=2"], "in_chans=2"),
     ],
 )
-def test_bad_input_ends_with_one_line(tmp_path, overrides, message):
-    code, output = run(tmp_path, "name=bad", *overrides)
-    assert code == 1
-    assert "error: " in output and message in output and "Traceback" not in output
+def test_bad_settings_are_named(tmp_path, overrides, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["train", *SMALL, f"output_dir={tmp_path}", "name=bad", *overrides])
     assert not (tmp_path / "bad" / "checkpoints").exists()
 
 

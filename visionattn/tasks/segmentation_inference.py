@@ -18,6 +18,7 @@ from visionattn.data.segmentation_pipeline import SegmentationSamples
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.inference import read_checkpoint, run_config
+from visionattn.tasks.segmentation_baseline import baseline
 from visionattn.tasks.segmentation_data import make_network
 from visionattn.tasks.segmentation_metrics import image_metrics, summarize, write_results
 from visionattn.tasks.segmentation_report import overlay, write_report
@@ -121,6 +122,11 @@ def evaluate_masks(run: str | Path, overrides: list[str], averaged: bool | None 
         skipped_images=skipped,
         classes={name: summarize(found_rows, seed=config.seed) for name, found_rows in rows.items()},
     )
+    if config.get("baseline"):
+        if len(masker.classes) > 2:
+            raise ValueError(f"baseline=true is for two classes, the run has {len(masker.classes)}")
+        train = hydra.utils.instantiate(config.data.source, split=config.data.train_split)
+        result["baseline"] = baseline(SegmentationSamples(train, transform, config.seed, "raise"), samples)
     output = folder / "eval" / str(config.data.val_split)
     write_results(output, result, [row for found_rows in rows.values() for row in found_rows])
     write_report(output, result, shown, binned, folder / "logs")

@@ -47,7 +47,10 @@ def errors(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown table of an evaluation: for each class mean, interval, undefined images and value of the whole set."""
+    """Markdown table of an evaluation: for each class mean, interval, undefined images and value of the whole set.
+
+    Below it, if measured, the grey threshold beside it.
+    """
     rows = []
     for name, summary in result["classes"].items():
         for metric in METRICS:
@@ -57,7 +60,15 @@ def table(result: dict[str, Any]) -> str:
             mean = "undefined" if entry["mean"] is None else f"{entry['mean']:.4f}"
             undefined = f"{entry['undefined']} of {summary['images']}"
             rows.append([name, metric + unit, mean, ci, undefined, "" if total is None else f"{total:.4f}"])
-    return markdown(["class", "metric", "mean over images", "95 % interval", "undefined", "whole set"], rows)
+    text = markdown(["class", "metric", "mean over images", "95 % interval", "undefined", "whole set"], rows)
+    if "baseline" in result:
+        found = result["baseline"]
+        dice, total = ("undefined" if v is None else f"{v:.4f}" for v in (found["dice"], found["dice_of_all"]))
+        text += (
+            f"\n\nOne grey threshold of the training split ({found['foreground']} than {found['threshold']:.4g}): "
+            f"Dice {dice} mean over images, {total} of the whole set."
+        )
+    return text
 
 
 def _pictures(shown: list[tuple[str, Tensor, Tensor, Tensor]], output: Path) -> None:
