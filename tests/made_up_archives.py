@@ -1,12 +1,14 @@
-"""Made-up archives of published sets of masks, in the layouts in which they are downloaded."""
+"""Made-up archives of published sets of masks and questions, in the layouts in which they are downloaded."""
 
 import gzip
 import io
+import json
 import tarfile
 import zipfile
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 KINDS = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "gif": "GIF", "ppm": "PPM", "bmp": "BMP"}
 
@@ -128,3 +130,79 @@ def cvc(folder):
     files |= {f"CVC-ClinicDB/Ground Truth/{i}.tif": picture("x.tif", 255) for i in range(1, 101)}
     inner = zipped(folder / "inner.zip", files).read_bytes()
     return [zipped(folder / "outer.zip", {"CVC-ClinicDB.zip": inner})]
+
+
+def _bytes(write, *args, **kwargs):
+    file = io.BytesIO()
+    write(file, *args, **kwargs)
+    return file.getvalue()
+
+
+def vizwiz(folder):
+    """Answer grounding: one question an image, five images of each split."""
+    files, lists = {}, {}
+    for split in ("train", "val"):
+        for i in range(5):
+            stem = f"VizWiz_{split}_{i:08d}"
+            files[f"{split}/{stem}.jpg"] = picture("x.jpg")
+            files[f"binary_masks_png/{split}/{stem}.png"] = picture("x.png", 255)
+            answers = dict(answers=["tea"] * 2, most_common_answer="tea", height=SHAPE[0], width=SHAPE[1])
+            lists.setdefault(split, {})[f"{stem}.jpg"] = dict(question=f"what is this {i}?", **answers)
+        files[f"{split}_grounding.json"] = json.dumps(lists[split])
+    return [zipped(folder / "vizwiz.zip", files)]
+
+
+def textvqa_x(folder):
+    half = np.zeros(SHAPE, np.uint8)
+    half[: SHAPE[0] // 2] = 1
+    masks = {f"seg/{i}.npy": _bytes(np.save, half) for i in range(6)}
+    with tarfile.open(folder / "seg.tar.gz", "w:gz") as tar:
+        for name, body in masks.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(body)
+            tar.addfile(entry, io.BytesIO(body))
+    shown = {str(i): dict(image=f"a{i // 2}.jpg", explanation=["it", "says", "so"]) for i in range(6)}
+    asked = [dict(question_id=i, question=f"what brand is number {i}?", answers=["x"] * 3) for i in range(6)]
+    files = {
+        "data_splits/train_id.txt": "0\n1\n2\n3\n",
+        "data_splits/val_id.txt": "4\n5\n",
+        "text_explanations/explanations_token.json": json.dumps(shown),
+        "visual_explanations/seg.tar.gz": (folder / "seg.tar.gz").read_bytes(),
+    }
+    texts = {"TextVQA_0.5.1_train.json": json.dumps(dict(data=asked))}
+    images = {f"train_images/a{i}.jpg": picture("x.jpg") for i in range(3)}
+    return [zipped(folder / "textvqa_x.zip", files), zipped(folder / "textvqa.zip", texts | images)]
+
+
+def vqs(folder):
+    half = np.zeros(SHAPE, np.uint8)
+    half[: SHAPE[0] // 2] = 1
+    files = {}
+    for part, title in (("train", "Train"), ("val", "Val")):
+        regions, questions = [], []
+        for image in range(3):
+            stem = f"COCO_{part}2014_{image:012d}"
+            files[f"{part}2014/{stem}.jpg"] = picture("x.jpg")
+            for k in (1, 3):
+                files[f"{part}_ground/{stem}.jpg_{k}.mat"] = _bytes(savemat, dict(ground_mask=half))
+                regions.append(f"somewhere/else/{stem}_{k}.jpg 0")
+                questions.append(f"What is the dog {k} doing?")
+        files[f"region{title}List.txt"] = "\n".join(regions)
+        files[f"region{title}OuestionList.txt"] = "\n".join(questions)
+    return [zipped(folder / "vqs.zip", files)]
+
+
+def vqa_x(folder):
+    half = np.zeros(SHAPE, np.float32)
+    half[: SHAPE[0] // 2] = 0.8
+    files, questions = {}, []
+    for split in ("val", "test"):
+        for i in range(6):
+            number = i + 10 * (split == "test")
+            questions.append(dict(question_id=1000 + number, image_id=number, question=f"is this the {number}th?"))
+            files[f"visual/{split}/{1000 + number}.npy"] = _bytes(np.save, half)
+            files[f"val2014/COCO_val2014_{number:012d}.jpg"] = picture("x.jpg")
+    answers = [dict(question_id=q["question_id"], multiple_choice_answer="yes") for q in questions]
+    files["Questions/v2_OpenEnded_mscoco_val2014_questions.json"] = json.dumps(dict(questions=questions))
+    files["Annotations/v2_mscoco_val2014_annotations.json"] = json.dumps(dict(annotations=answers))
+    return [zipped(folder / "vqa_x.zip", files)]

@@ -192,7 +192,9 @@ def _add_training(commands: Any) -> None:
     command = commands.add_parser("data", help="prepare a data set that you downloaded; nothing is fetched")
     actions = command.add_subparsers(required=True)
     command = actions.add_parser("prepare", help="unpack and check a published set, write images and masks as PNG")
-    command.add_argument("name", help="drive, chase, stare, hrf, isic2018, refuge, dsb2018, kvasir or cvc")
+    command.add_argument(
+        "name", help="a set of masks or of questions, for example drive or vizwiz; the documentation lists them"
+    )
     command.add_argument("archives", nargs="+", metavar="ARCHIVE", help="files as downloaded, or folders of them")
     command.add_argument("--output", required=True, help="folder to write, which must not exist")
     command.add_argument("--partial", action="store_true", help="accept another number of images than the published")
@@ -229,7 +231,9 @@ def _add_using(commands: Any) -> None:
     command.add_argument("--model", help="a registered model with pretrained weights")
     command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
-    command.add_argument("--task", choices=("classification", "segmentation", "scanpath"), help="by default the run's")
+    tasks = ("classification", "segmentation", "grounding", "scanpath")
+    command.add_argument("--task", choices=tasks, help="by default the run's")
+    command.add_argument("--question", help="of a grounding run: what its mask is to answer")
     command.add_argument("--boxes", help="of a scanpath: JSON file with the boxes and the target of an image")
     command.add_argument("--window", type=int, help="of a segmentation: side of the windows (default: the run's)")
     command.add_argument("--flips", action="store_true", help="of a segmentation: average over reflections")

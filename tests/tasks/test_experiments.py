@@ -12,8 +12,11 @@ from torch import nn
 
 import visionattn
 from visionattn.cli import main
+from visionattn.data.grounding_pipeline import GroundingTransform
 from visionattn.tasks.classification import Classification, scale_learning_rates
 from visionattn.tasks.config import compose, config_folder
+from visionattn.tasks.grounding import Grounding
+from visionattn.tasks.grounding_data import make_grounder
 from visionattn.tasks.segmentation import Segmentation
 from visionattn.tasks.segmentation_data import make_network
 
@@ -26,6 +29,7 @@ SETTINGS |= dict(smoothing=0.0, mixup=0.0, cutmix=0.0, ema_decay=None, ema_eval=
 HEADS = {path.stem for path in (config_folder() / "model").glob("*.yaml") if "visionattn.heads." in path.read_text()}
 CLASSES = [name for name in EXPERIMENTS if "override /task:" not in (FOLDER / f"{name}.yaml").read_text()]
 MASKS = [name for name in EXPERIMENTS if "override /task: segmentation" in (FOLDER / f"{name}.yaml").read_text()]
+QUESTIONS = [name for name in EXPERIMENTS if "override /task: grounding" in (FOLDER / f"{name}.yaml").read_text()]
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -37,6 +41,19 @@ def test_segmentation_experiment_can_be_made(name):
     settings = OmegaConf.to_container(config.task, resolve=True)
     settings = {k: v for k, v in settings.items() if k not in ("_target_", "lr_batch")}
     Segmentation(model, num_classes=1, seed=0, hparams={}, **settings)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_grounding_experiment_can_be_made(name):
+    config = compose([f"experiment={name}", *([] if name.startswith("embedded/") else ["data.root=somewhere"])])
+    arguments = OmegaConf.to_container(config.model, resolve=True)
+    arguments = {**arguments, "pretrained": False, "text": dict(kind="words", vocabulary=["x"], dim=8)}
+    with torch.device("meta"):
+        model = make_grounder(arguments, config.data.in_chans)
+    settings = OmegaConf.to_container(config.task, resolve=True)
+    settings = {k: v for k, v in settings.items() if k not in ("_target_", "lr_batch")}
+    Grounding(model, num_classes=1, seed=0, hparams={}, **settings)
+    GroundingTransform(**OmegaConf.to_container(config.data.transform, resolve=True))
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -5,9 +5,11 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from visionattn.data.grounding_layouts import LAYOUTS as GROUNDING
 from visionattn.data.layouts import LAYOUTS
 
 SETS: dict[str, str] = dict.fromkeys(LAYOUTS, "visionattn.data.prepare:prepare")
+SETS |= dict.fromkeys(GROUNDING, "visionattn.data.grounding_prepare:prepare")
 """Name of a set to ``module:function`` with the arguments of ``visionattn.data.prepare.prepare``, whose result has
 ``splits`` (names of each split)."""
 SETS |= dict.fromkeys(("amazon", "shelves", "cocosearch18", "mit1003"), "visionattn.data.scanpath_sets:prepare")

@@ -70,7 +70,7 @@ class EpochLines(Callback):
         parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
         parts += [
             f"{name} {metrics[key]:.1%}"
-            for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"), ("Dice", "val/dice"))
+            for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"), ("Dice", "val/dice"), ("IoU", "val/iou"))
             if key in metrics
         ]
         scores = [

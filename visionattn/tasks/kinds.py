@@ -57,6 +57,14 @@ KINDS = {
         packages=("scipy",),
         extra="gaze",
     ),
+    "grounding": Kind(
+        prepare="visionattn.tasks.grounding_data:prepare_questions",
+        evaluate="visionattn.tasks.grounding_inference:evaluate_questions",
+        table="visionattn.tasks.grounding_report:table",
+        predict="visionattn.tasks.grounding_inference:predict_command",
+        packages=("monai", "tifffile", "skimage"),
+        extra="ground",
+    ),
 }
 """All but classification, which the commands know themselves."""
 

@@ -48,13 +48,16 @@ class MaskData(lightning.LightningDataModule):
         seed: Seed of the run.
     """
 
+    collate = staticmethod(collate_samples)
+
     def __init__(self, config: dict[str, Any], train: Any, val: Any, seed: int):
         super().__init__()
         self.config, self.seed = config, seed
-        kwargs = dict(seed=seed, on_error=config["on_error"])
-        transform = config["transform"]
-        self.train = SegmentationSamples(train, SegmentationTransform(**transform, train=True), **kwargs)
-        self.val = SegmentationSamples(val, SegmentationTransform(**transform, train=False), replace=False, **kwargs)
+        self.train, self.val = self._samples(train, True), self._samples(val, False)
+
+    def _samples(self, source: Any, train: bool) -> SegmentationSamples:
+        transform = SegmentationTransform(**self.config["transform"], train=train)
+        return SegmentationSamples(source, transform, self.seed, self.config["on_error"], replace=train)
 
     def _loader(self, samples: SegmentationSamples, train: bool) -> DataLoader:
         trainer = self.trainer
@@ -68,7 +71,7 @@ class MaskData(lightning.LightningDataModule):
             batch_size=size,
             sampler=sampler,
             num_workers=self.config["workers"],
-            collate_fn=collate_samples,
+            collate_fn=self.collate,
             drop_last=train and len(sampler) > size,
         )
 

@@ -204,8 +204,8 @@ def predict_masks(
             pixels = read_pixels(path, masker.in_chans)
             mask = _Labels(masker, window or masker.window, flips)(pixels)
             target = folder / f"{stem}_mask.png"
-            _save(Image.fromarray(mask), target)
-            _save(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")
+            save_image(Image.fromarray(mask), target)
+            save_image(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")
         written.append(target)
     return written
 
@@ -219,7 +219,8 @@ def predict_command(args: Any) -> Iterator[str]:
         yield f"mask: {path}"
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG file under a temporary name and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     image.save(temporary, format="PNG")

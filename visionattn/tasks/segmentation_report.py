@@ -104,12 +104,13 @@ def _curve(x: Any, ys: dict[str, Any], xlabel: str, output: Path, mark: float | 
     save_figure(figure, output)
 
 
-def _learning(logs: Path, output: Path) -> bool:
+def learning_curve(logs: Path, output: Path, score: str = "val/dice") -> bool:
+    """Draw training loss and a validation score by epoch from the CSV logs; False where there are none."""
     points: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(logs.glob("*.csv"), key=lambda p: (p.name == "metrics.csv", p.name)):
         with path.open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                for key in ("train/loss", "val/dice"):
+                for key in ("train/loss", score):
                     if row.get(key) and row.get("epoch"):
                         points.setdefault(key, []).append((float(row["epoch"]) + 1, float(row[key])))
     if points:
@@ -141,7 +142,7 @@ def write_report(
     _pictures(shown, folder / "pictures.png")
     _curve(steps, curves, "threshold", folder / "threshold.png", result["threshold"])
     pictures = ["pictures.png", "threshold.png"]
-    pictures += ["learning.png"] if _learning(logs, folder / "learning.png") else []
+    pictures += ["learning.png"] if learning_curve(logs, folder / "learning.png") else []
     lines = [f"# {result['name']}, split {result['split']}", "", table(result), ""]
     lines += ["Errors: white hit, vermilion false, blue missed, grey without truth.", ""]
     write_text(folder / "report.md", "\n".join([*lines, *(f"![{name}]({name})" for name in pictures)]) + "\n")
