@@ -73,14 +73,15 @@ def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog):
     assert len(table_rows(capsys.readouterr().out)) == 4
 
 
-def test_networks_for_masks_are_timed(tmp_path):
-    path, names = tmp_path / "masks.csv", ["herseg/test_nat", "fsgnet/test_nat", "unet/test_nat"]
+def test_networks_with_heads_are_timed(tmp_path):
+    heads = "herseg", "fsgnet", "unet", "sentence_attention", "oat"
+    path, names = tmp_path / "heads.csv", [f"{head}/test_nat" for head in heads]
     modes = "--modes", "inference,training", "--rounds", "1", "--batch-size", "2", "--output", str(path)
     benchmark(*names, *modes, "--input-size", "64")
     assert [(row["model"], row["mode"]) for row in read(path)] == [
         (name, mode) for mode in ("inference", "training") for name in names
     ]
-    with pytest.raises(SystemExit, match="unet/test_nat gives masks; leave out the mode features"):
+    with pytest.raises(SystemExit, match="unet/test_nat has a head; leave out the mode features"):
         benchmark("unet/test_nat", "--modes", "features")
     with pytest.raises(SystemExit, match="unknown backbone 'test_gnat'"):
         benchmark("unet/test_gnat")

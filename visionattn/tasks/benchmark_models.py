@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
-from visionattn.tasks.benchmark_masks import mask_loss, mask_network
+from visionattn.tasks.benchmark_heads import head_loss, head_network
 from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
 from visionattn.tasks.timing import capture, times_in_turn
 
@@ -98,16 +98,16 @@ class Settings:
 
 def _create(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
     """The model in its mode, and the shape of its images."""
-    network, shape = _masks(text, mode, settings) or _classifier(text, mode, settings)
+    network, shape = _headed(text, mode, settings) or _classifier(text, mode, settings)
     network = network.train(mode == "training")
     return network.to(settings.device, settings.weights_dtype, memory_format=settings.memory_format), shape
 
 
-def _masks(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]] | None:
-    found = mask_network(text, settings.model_kwargs)
+def _headed(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]] | None:
+    found = head_network(text, settings.model_kwargs)
     if found and mode == "features":
-        raise ValueError(f"{text} gives masks; leave out the mode features")
-    return found and (found[0], (3, *(settings.size or (found[1], found[1]))))
+        raise ValueError(f"{text} has a head; leave out the mode features")
+    return found and (found[0], (3, *(settings.size or found[1])))
 
 
 def _classifier(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -154,7 +154,7 @@ def _step(model: Any, mode: str, images: Tensor, settings: Settings, text: str =
     if hasattr(model, "pretrained_cfg"):
         loss_of = _classification_loss(model.num_classes, images)
     else:
-        loss_of = mask_loss(text, (torch.rand_like(images[:, :1], dtype=torch.float32) > 0.5).float())
+        loss_of = head_loss(text, (torch.rand_like(images[:, :1], dtype=torch.float32) > 0.5).float())
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -266,7 +266,7 @@ def benchmark_models(names: list[str], settings: Settings, path: Path | None = N
 
     Args:
         names: Names of timm or this package; ``NAME:folded`` for the form of ``timm.utils.reparameterize_model``;
-            networks for masks as ``mask_network`` takes them.
+            networks with heads as ``head_network`` takes them.
         settings: Modes, sizes and types.
         path: CSV file to append to.
 
