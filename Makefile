@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 # installed-train and installed-dev: the package with that extra, in the tested versions
@@ -18,6 +18,10 @@ demo: .venv/installed-train
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8
+
+# with what other tests show for one model, size or GPU shown for all
+test-all: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 -m ""
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

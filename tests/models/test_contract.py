@@ -30,7 +30,10 @@ POINTS = ["registry.*", "cfg.*", "features.*", "size.*", "in_chans.*"]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names, points, least",
-    [*(([name], ["*"], 75) for name in visionattn.list_models("test_*")), (VARIANTS, POINTS, 200)],
+    [
+        *(([name], ["*"], 75) for name in visionattn.list_models("test_*")),
+        pytest.param(VARIANTS, POINTS, 200, marks=pytest.mark.thorough),
+    ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_models_keep_the_contract(names, points, least):

@@ -121,7 +121,7 @@ def test_merged_network_equals_the_trained_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "overlock_xt" else pytest.mark.slow) for name in PUBLISHED]
+    "name", [pytest.param(name, marks=[] if name == "overlock_xt" else pytest.mark.thorough) for name in PUBLISHED]
 )
 def test_size_is_the_published_one(name):
     model = timm.create_model(name, aux_head=True, device="meta").eval()

@@ -22,7 +22,7 @@ KERNELS = {
 
 @pytest.mark.slow
 # the least shared memory (that of 120, more than 80 would need), and wgmma; without --once each takes 8 minutes
-@pytest.mark.parametrize("capability, shared", [(86, 99), (90, 227)])
+@pytest.mark.parametrize("capability, shared", [(86, 99), pytest.param(90, 227, marks=pytest.mark.thorough)])
 def test_kernels_compile_for_gpus(capability, shared):
     script = Path(__file__).with_name("compile_kernels.py")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

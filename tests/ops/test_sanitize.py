@@ -11,18 +11,20 @@ import pytest
 pytest.importorskip("triton")
 # in a process of its own: the interpreter, which sees every launch, must be chosen before Triton is imported
 PROGRAM = """
-import importlib, json, pkgutil, runpy, sys
+import importlib, json, pkgutil, runpy, sys, torch
 from triton.runtime.interpreter import InterpretedFunction
 import visionattn.ops
 
-launched, run = set(), InterpretedFunction.run
+launched = set()
 def name_of(kernel):
     return kernel.fn.__module__ + "." + kernel.fn.__name__
 def note(self, *args, **kwargs):
-    launched.add(name_of(self))
-    return run(self, *args, **kwargs)
+    launched.add(name_of(self))  # which is the question; to compute takes minutes
 
 InterpretedFunction.run = note
+for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    make = getattr(owner, name)  # the script refuses what is not finite
+    setattr(owner, name, lambda *args, make=make, **kwargs: make(*args, **kwargs).zero_())
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 found = pkgutil.walk_packages(visionattn.ops.__path__, "visionattn.ops.")
 modules = [importlib.import_module(m.name) for m in found if ".kernels_" in m.name]

@@ -147,6 +147,7 @@ def test_rows_of_windows(clocks, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_shapes_are_those_of_the_networks():
     shapes = attention.network_shapes()
     assert len(shapes) == len(set(shapes.values())) == 28

@@ -115,6 +115,7 @@ def test_wrong_file_leaves_nothing(model, tmp_path, fault):
     assert not list(folder.glob("*"))
 
 
+@pytest.mark.thorough
 def test_pages_show_the_present_table():
     for path, text in zoo.pages_with_table(ROOT).items():
         assert path.read_text(encoding="utf-8") == text, f"run python tools/update_zoo_table.py ({path.name})"
