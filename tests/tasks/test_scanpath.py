@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from visionattn.cli import main
 from visionattn.data.scanpath import Scene
-from visionattn.tasks.config import compose, config_folder
+from visionattn.tasks.config import compose
 from visionattn.tasks.hull_inference import is_simple
 from visionattn.tasks.scanpath import Scanpath
 from visionattn.tasks.scanpath_baselines import BASELINES
@@ -20,8 +20,6 @@ from visionattn.tasks.scanpath_data import make_network
 
 SMALL = ["model.dim=16", "model.num_heads=2", "model.mlp_dim=16", "model.depths=[1,1]"]
 QUICK = ["trainer=cpu", "data.workers=0", "data.batch_size=2", "trainer.max_epochs=2", "task.warmup_epochs=0"]
-FOLDER = config_folder() / "experiment"
-EXPERIMENTS = sorted(path.stem for path in (FOLDER / "scanpath").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +122,7 @@ def test_archives_become_a_trained_network(name, changes, tmp_path, capsys):
     assert "nearest neighbour" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", ["amazon", "wine", "yogurt"])
 def test_experiment_can_be_made(name):
     config = compose([f"experiment=scanpath/{name}", "data.root=somewhere"])
     with torch.device("meta"):
@@ -132,9 +130,8 @@ def test_experiment_can_be_made(name):
     settings = OmegaConf.to_container(config.task, resolve=True)
     settings = {k: v for k, v in settings.items() if k not in ("_target_", "lr_batch")}
     Scanpath(model, num_classes=1, seed=0, hparams=dict(max_length=3), **settings)
-    if name in ("amazon", "wine", "yogurt"):
-        assert (settings["opt"], settings["lr"], settings["decay"], config.data.batch_size) == ("adam", 1e-4, 1.0, 20)
-        assert (config.monitor, config.patience, config.trainer.gradient_clip_val) == ("val/delta", 30, 1.0)
+    assert (settings["opt"], settings["lr"], settings["decay"], config.data.batch_size) == ("adam", 1e-4, 1.0, 20)
+    assert (config.monitor, config.patience, config.trainer.gradient_clip_val) == ("val/delta", 30, 1.0)
 
 
 def test_settings_that_do_not_fit_are_named(books, tmp_path):
