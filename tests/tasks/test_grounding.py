@@ -17,6 +17,7 @@ from visionattn.tasks.grounding_metrics import iou, question_metrics, summarize
 
 SMALL = [
     "experiment=embedded/grounding",
+    "model.backbone=test_biformer",
     "data.source.count=4",
     "data.transform.size=64",
     "data.batch_size=4",

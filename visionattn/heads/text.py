@@ -151,6 +151,8 @@ class TransformerEncoder(TextEncoder):
         positions = int(getattr(model.config, "max_position_embeddings", 256))
         self.max_tokens = min(positions, 256) if max_tokens is None else max_tokens
         self.tokenizer = tokenizer
+        if trainable and hasattr(model, "pooler"):
+            model.pooler = None  # which the mean does not use
         self.model = model.train().requires_grad_(True) if trainable else None
         self.known: dict[str, Tensor] = {}
         self.place: Tensor

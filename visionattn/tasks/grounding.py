@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from visionattn.data.randomness import seed_all, seed_from
@@ -112,5 +111,5 @@ class Grounding(Training):
             self.log("val/pointing", _mean(known, "pointing"), batch_size=len(known), sync_dist=True)
 
 
-def _mean(rows: list[dict[str, float]], key: str) -> Tensor:
-    return torch.tensor([row[key] for row in rows]).mean()
+def _mean(rows: list[dict[str, float]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
