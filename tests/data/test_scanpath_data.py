@@ -184,8 +184,8 @@ def test_synthetic_scenes_follow_the_rule_and_share_no_digit(monkeypatch):
     monkeypatch.setattr(synthetic_scanpaths, "_digits", lambda: digits)
     train, val, test = (SyntheticScanpaths(split, scenes=30) for split in ("train", "val", "test"))
     assert (len(train), len(val), val.scenes) == (30, 80, 20)
-    digits = [{d.tobytes() for d in source.digits} for source in (train, val, test)]
-    assert not digits[0] & digits[1] and not digits[0] & digits[2] and not digits[1] & digits[2]
+    seen = [{d.tobytes() for d in source.digits} for source in (train, val, test)]
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
     scene, again = val.scene(3), SyntheticScanpaths("val", scenes=30).scene(3)
     assert np.array_equal(scene.image, again.image) and scene.paths == again.paths
     assert all("SYNTHETIC" in viewer for viewer in scene.viewers)
