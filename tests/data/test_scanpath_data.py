@@ -180,8 +180,8 @@ def test_mit1003(kind, tmp_path):
 
 def test_synthetic_scenes_follow_the_rule_and_share_no_digit(monkeypatch):
     rng = np.random.default_rng(0)  # reading the digits takes seconds
-    digits = rng.integers(256, size=(60, 28, 28), dtype=np.uint8), rng.integers(10, size=60)
-    monkeypatch.setattr(synthetic_scanpaths, "_digits", lambda: digits)
+    made = rng.integers(256, size=(60, 28, 28), dtype=np.uint8), rng.integers(10, size=60)
+    monkeypatch.setattr(synthetic_scanpaths, "_digits", lambda: made)
     train, val, test = (SyntheticScanpaths(split, scenes=30) for split in ("train", "val", "test"))
     assert (len(train), len(val), val.scenes) == (30, 80, 20)
     seen = [{d.tobytes() for d in source.digits} for source in (train, val, test)]
