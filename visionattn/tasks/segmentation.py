@@ -69,8 +69,10 @@ class MaskLoss(nn.Module):
             truth = truth[:, 1:] if self.num_classes == 1 else truth
             return self.overlap(p * inside[:, None], truth.float() * inside[:, None])
         # one long row of pixels: every one of these losses sums over the batch
-        row = logits.movedim(1, 0)[:, inside][None]
-        target = mask[inside][None, None]
+        if bool(inside.all()):  # nothing to choose, which costs as much as a small network
+            row, target = logits.movedim(1, 0).flatten(1)[None], mask.flatten()[None, None]
+        else:
+            row, target = logits.movedim(1, 0)[:, inside][None], mask[inside][None, None]
         loss = self.overlap(row, target)
         return loss + _cross_entropy(row, target) if self.name in ("bce_dice", "ce_dice") else loss
 
