@@ -1,7 +1,8 @@
-"""Comparison of tensors, and the outputs of the published networks in ``reference/``."""
+"""Comparison of tensors and runs, and the outputs of the published networks in ``reference/``."""
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,26 @@ import torch
 from reference import fill
 from torch import Tensor
 
+from visionattn.cli import main
+
 GOLDEN = 1e-8  # of the standard deviation, for float64 against the published code
+
+
+def train_run(settings: Sequence[str], folder: Path, name: str, *changes: str) -> Path:
+    """The folder of a run of ``visionattn train`` below ``folder``."""
+    main(["train", *settings, f"output_dir={folder}", f"name={name}", *changes])
+    return folder / name
+
+
+def checkpoint(run: Path, which: str = "last") -> dict[str, Any]:
+    """A run's checkpoint, the ``last`` or the ``best``."""
+    return torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)
+
+
+def assert_same_weights(expected: Path, actual: Path) -> None:
+    """The last weights of two runs are the same to the bit."""
+    first, second = (checkpoint(run)["state_dict"] for run in (expected, actual))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def _compared(name: str, expected: Any, actual: Any) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def test_questions_have_one_answer_in_their_scene(some_scenes):
         color, name = asked & colors, asked & names
         assert color or name
         fits = [k for k, (c, s) in enumerate(kinds) if {c} >= color and {s} >= name]
+        assert some_scenes.named(i) == " and ".join(["color"] * len(color) + ["shape"] * len(name))
         assert len(fits) == 1 and np.array_equal(sample.mask == 1, shapes[fits[0]])
         assert sample.answer in {kinds[fits[0]][0], kinds[fits[0]][1], " ".join(kinds[fits[0]])}
 

@@ -69,7 +69,7 @@ def test_published_file_loads_with_backbone_and_instance_norm(tmp_path):
     assert all(torch.equal(x, expected[key]) for key, x in loaded.state_dict().items())
     plain = SentenceAttentionNet("tf_efficientnet_b0", text_dim=4, num_classes=2)
     assert plain.load_published(tmp_path / "sab.pth") is plain  # the norm's statistics are of no use to it
-    with pytest.raises(ValueError, match=r"is not of this network: .* of another shape .*check backbone, text_dim"):
+    with pytest.raises(ValueError, match=r"does not fit .* of another shape .*check backbone, text_dim"):
         SentenceAttentionNet("tf_efficientnet_b0", text_dim=8, num_classes=2).load_published(tmp_path / "sab.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         plain.load_published(tmp_path / "absent.pth")

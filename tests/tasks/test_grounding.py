@@ -3,11 +3,13 @@
 import csv
 import json
 import math
+from functools import partial
 
 import made_up_archives
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_weights, checkpoint, train_run
 from PIL import Image
 
 from visionattn.cli import main
@@ -29,13 +31,7 @@ SMALL = [
 ]
 
 
-def train(folder, name, *changes):
-    main(["train", *SMALL, f"output_dir={folder}", f"name={name}", *changes])
-    return folder / name
-
-
-def content(run, which="last"):
-    return torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)
+train = partial(train_run, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -90,26 +86,28 @@ def test_means_draw_whole_images():
 def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     half = train(tmp_path, "b", "trainer.max_epochs=1", "task.epochs=2")
     train(tmp_path, "b", "ckpt_path=last")
-    expected, actual = content(run)["state_dict"], content(half)["state_dict"]
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    assert_same_weights(run, half)
 
 
 def test_checkpoint_holds_the_words_of_the_training_questions(run):
-    hparams = content(run)["hyper_parameters"]
+    hparams = checkpoint(run)["hyper_parameters"]
     assert hparams["task"] == "grounding" and hparams["classes"] == ["background", "answer"]
     words = hparams["model"]["text"]["vocabulary"]
     assert words == sorted(words) and "the" in words
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 <= metrics["val/iou"] <= 1 and 0 <= metrics["val/pointing"] <= 1
-    best = [state["monitor"] for key, state in content(run, "best")["callbacks"].items() if "best_model_score" in state]
+    best = [
+        state["monitor"] for key, state in checkpoint(run, "best")["callbacks"].items() if "best_model_score" in state
+    ]
     assert "val/iou" in best
     assert load_grounder(run).model.text.number["the"] >= 2
 
 
 def test_eval_writes_table_and_pictures(run, capsys):
     main(["eval", str(run), "data.val_split=test"])
-    assert "| mean IoU with another question |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for text in ("mean IoU with another question", "mean IoU of one of its objects at random", "the question names"):
+        assert f"| {text} |" in printed
     folder = run / "eval" / "test"
     result = json.loads((folder / "metrics.json").read_text())
     assert result["questions"] == 8 and result["images"] == 4
@@ -117,6 +115,12 @@ def test_eval_writes_table_and_pictures(run, capsys):
         assert (folder / name).stat().st_size > 100
     with (folder / "per_image.csv").open() as file:
         rows = list(csv.DictReader(file))
+    kinds = result["iou_by_named"].values()
+    assert sum(kind["questions"] for kind in kinds) == 8
+    assert sum(kind["mean"] * kind["questions"] for kind in kinds) == pytest.approx(8 * result["iou"]["mean"])
+    # four or five shapes of a scene, one of them asked for: of all of them it is a part
+    assert 0 < result["iou_all_objects"]["mean"] < 0.5
+    assert {float(row["iou_random_object"]) for row in rows} <= {0.0, 1.0}
     assert np.mean([float(row["iou"]) for row in rows]) == pytest.approx(result["iou"]["mean"])
     assert rows[0]["question"].endswith(("?", "e", "t")) and rows[0]["group"] == rows[1]["group"]
 

@@ -7,6 +7,7 @@ import made_up_scanpaths
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_weights, checkpoint, train_run
 from made_up_archives import picture
 from omegaconf import OmegaConf
 
@@ -32,9 +33,8 @@ def books(tmp_path_factory):
 
 def train(books, folder, name, *changes):
     size = ["model.spp=2", "data.transform.crop=[20,20]", "task.samples=2"]
-    where = [f"data.root={books}", f"output_dir={folder}", f"name={name}"]
-    main(["train", "experiment=scanpath/amazon", *where, *QUICK, *SMALL, *size, *changes])
-    return folder / name
+    settings = ["experiment=scanpath/amazon", f"data.root={books}", *QUICK, *SMALL, *size]
+    return train_run(settings, folder, name, *changes)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,17 @@ def run(books, tmp_path_factory):
     return train(books, tmp_path_factory.mktemp("runs"), "a", "monitor=val/sequence_score")
 
 
-def weights(run):
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
 def test_resumed_run_equals_the_uninterrupted_one(books, run, tmp_path):
     half = train(books, tmp_path, "b", "trainer.max_epochs=1", "task.epochs=2")
     train(books, tmp_path, "b", "ckpt_path=last")
-    expected, actual = weights(run), weights(half)
-    assert expected.keys() == actual.keys() and all(torch.equal(expected[key], actual[key]) for key in expected)
+    assert_same_weights(run, half)
 
 
 def test_best_checkpoint_by_delta_is_the_smallest(books, tmp_path):
     folder = train(books, tmp_path, "c", "trainer.max_epochs=3", "+trainer.limit_train_batches=1")
     with (folder / "logs" / "metrics.csv").open() as file:
         values = [float(row["val/delta"]) for row in csv.DictReader(file) if row["val/delta"]]
-    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    best = checkpoint(folder, "best")
     scores = [s["best_model_score"] for s in best["callbacks"].values() if "best_model_score" in s]
     assert len(values) == 3 and float(scores[0]) == pytest.approx(min(values), rel=1e-4)
 

@@ -3,13 +3,14 @@
 import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from helpers import inputs
+from helpers import assert_same_weights, checkpoint, inputs, train_run
 from monai.losses import DiceLoss
 from PIL import Image
 
@@ -42,13 +43,7 @@ SMALL = [
 ]
 
 
-def train(folder, name, *changes):
-    main(["train", *SMALL, f"output_dir={folder}", f"name={name}", *changes])
-    return folder / name
-
-
-def content(run, which="last"):
-    return torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)
+train = partial(train_run, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +54,13 @@ def run(tmp_path_factory):
 def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     half = train(tmp_path, "b", "trainer.max_epochs=1", "task.epochs=2")
     train(tmp_path, "b", "ckpt_path=last", "data.workers=1")  # which reads ahead
-    expected, actual = content(run)["state_dict"], content(half)["state_dict"]
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    assert_same_weights(run, half)
 
 
 def test_stops_where_nothing_gets_better(tmp_path):
     still = "trainer.max_epochs=9", "task.lr=0", "task.warmup_lr=0", "task.min_lr=0", "task.ema_decay=null"
     stopped = train(tmp_path, "c", *still, "patience=2", "model.backbone=test_nat")
-    assert content(stopped)["epoch"] < 8
+    assert checkpoint(stopped)["epoch"] < 8
     with pytest.raises(SystemExit, match="patience=0 must be at least 1"):
         train(tmp_path, "d", "patience=0")
 
@@ -76,10 +69,20 @@ def test_stops_where_nothing_gets_better(tmp_path):
 def test_validation_loss_is_the_loss_of_the_logits(classes):
     logits, mask = inputs((2, classes, 8, 9)).float(), inputs((2, 8, 9)).gt(0).long()
     loss = "bce_dice" if classes == 1 else "ce_dice"
-    rates = dict(opt="sgd", lr=0.1, weight_decay=0.0, layer_decay=None, schedule="cosine", cycles=1, decay=1.0)
-    later = dict(warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, ema_decay=None, ema_eval=False, aux_weight=1.0)
     task = Segmentation(
-        torch.nn.Identity(), classes, 0, 1, loss, **rates, **later, freeze=[], window=None, flips=False, hparams={}
+        torch.nn.Identity(),
+        classes,
+        seed=0,
+        loss=loss,
+        aux_weight=1.0,
+        freeze=[],
+        window=None,
+        flips=False,
+        hparams={},
+        epochs=1,
+        opt="sgd",
+        lr=0.1,
+        weight_decay=0.0,
     )
     logged = {}
     task.log = lambda name, value, **_: logged.update({name: value})
@@ -92,7 +95,7 @@ def test_best_by_the_loss(tmp_path):
     with (folder / "logs" / "metrics.csv").open() as file:
         losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
     assert len(losses) == 3
-    best = content(folder, "best")
+    best = checkpoint(folder, "best")
     scores = [state["best_model_score"] for key, state in best["callbacks"].items() if "val/loss" in key]
     assert float(scores[0]) == pytest.approx(min(losses)) and losses[best["epoch"]] == min(losses)
     with pytest.raises(SystemExit, match="monitor=val/top1 must be one of val/dice, val/iou, val/loss"):
@@ -100,7 +103,7 @@ def test_best_by_the_loss(tmp_path):
 
 
 def test_threshold_is_in_the_checkpoint(run):
-    hparams = content(run)["hyper_parameters"]
+    hparams = checkpoint(run)["hyper_parameters"]
     assert hparams["task"] == "segmentation"
     metrics = json.loads((run / "metrics.json").read_text())
     assert hparams["threshold"] == pytest.approx(metrics["val/threshold"])

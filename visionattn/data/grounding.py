@@ -31,7 +31,11 @@ class Question(Sample):
 
 
 class GroundingSource(Protocol):
-    """Questions by number; ``questions`` and ``groups`` (the image of each) are known without reading images."""
+    """Questions by number; ``questions`` and ``groups`` (the image of each) are known without reading images.
+
+    A source that knows all objects of its images may have ``foreground(i)``, their masks ``[H, W]`` (bool), and
+    ``named(i)``, what question ``i`` names of its object: an evaluation then has baselines and a table by them.
+    """
 
     classes: list[str]
     in_chans: int

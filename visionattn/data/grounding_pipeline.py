@@ -57,8 +57,8 @@ class GroundingTransform:
 class GroundingSamples(SegmentationSamples):
     """``Samples`` of questions; arguments as there."""
 
-    source: GroundingSource  # type: ignore[assignment]
-    transform: GroundingTransform  # type: ignore[assignment]
+    source: GroundingSource
+    transform: GroundingTransform
 
     def _sample(self, i: int, seed: int, skipped: list[str]) -> Batch:
         sample = self.source[i]

@@ -4,13 +4,10 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from visionattn.data.datasets import ImageSource
 from visionattn.data.randomness import seed_from, seeded
 
 Batch = dict[str, Any]
@@ -23,8 +20,8 @@ class Samples(Dataset):
     A key is ``(epoch, position, i)``: image ``i`` as the ``position``-th of the epoch over all processes.
 
     Args:
-        source: Images and labels.
-        transform: PIL image to tensor ``[C, H, W]``.
+        source: Images and labels (``ImageSource``), or what a subclass says.
+        transform: PIL image to tensor ``[C, H, W]``, or what a subclass says.
         seed: Seed of the run.
         on_error: What an unreadable image does: ``"raise"``, or ``"skip"`` to report it and go on. A training set
             takes the next readable image instead; an evaluation set leaves the image out.
@@ -36,15 +33,17 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        source: ImageSource,
-        transform: Callable[[Image.Image], Tensor],
+        source: Any,
+        transform: Callable[..., Any],
         seed: int = 0,
         on_error: str = "raise",
         replace: bool = True,
     ):
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error={on_error!r} must be one of {', '.join(ON_ERROR)}")
-        self.source, self.transform, self.seed = source, transform, seed
+        self.source: Any = source
+        self.transform: Any = transform
+        self.seed = seed
         self.on_error, self.replace = on_error, replace
 
     def __len__(self) -> int:

@@ -1,7 +1,6 @@
 """From scenes with scanpaths to reproducible batches."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,26 +71,15 @@ class SceneTransform:
 
 
 class ScanpathSamples(Samples):
-    """``Samples`` of trials: a scene and the path of one viewer.
+    """``Samples`` of trials, a scene and the path of one viewer; arguments as there."""
 
-    Args:
-        source: Scenes and trials.
-        transform: A scene as tensors.
-        **kwargs: As for ``Samples``.
-
-    Raises:
-        ValueError: As ``Samples``.
-    """
-
-    source: ScanpathSource  # type: ignore[assignment]
-
-    def __init__(self, source: ScanpathSource, transform: SceneTransform, **kwargs: Any):
-        super().__init__(source, transform, **kwargs)  # type: ignore[arg-type]
+    source: ScanpathSource
+    transform: SceneTransform
 
     def _sample(self, i: int, seed: int, skipped: list[str]) -> Batch:
         number, viewer = self.source.trials[i]
         scene = self.source.scene(number)
-        return dict(**self.transform(scene), path=scene.paths[viewer], name=scene.name)  # type: ignore[arg-type, dict-item]
+        return dict(**self.transform(scene), path=scene.paths[viewer], name=scene.name)
 
 
 def collate_scenes(items: list[Batch]) -> Batch:

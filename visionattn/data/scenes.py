@@ -141,6 +141,17 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.questions)
 
+    def named(self, i: int) -> str:
+        """What question ``i`` names of its answer: ``"color"``, ``"shape"`` or ``"color and shape"``."""
+        places, questions = self.plans[i // self.each]
+        question, _, k = questions[i % self.each]
+        # "shape" and "object" stand for a shape in the questions that name a colour alone
+        return " and ".join(
+            what
+            for what, word in zip(("color", "shape"), self.library[places[k][0]][1:], strict=True)
+            if word in question
+        )
+
     def foreground(self, i: int) -> list[np.ndarray]:
         """Masks ``[H, W]`` (bool) of all shapes of the scene that question ``i`` is about."""
         masks = []

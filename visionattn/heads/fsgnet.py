@@ -6,16 +6,15 @@ output's 1x1 convolution runs before its enlargement, which commutes with it; Dr
 ``FSGNetDecoder`` is this package's own: the paper says that its guided half may follow other encoders, not how.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.heads._backbones import create_backbone
+from visionattn.heads._published import fill, read_published
 from visionattn.heads.guided_decoder import ConvNormAct, GuidedDecoder, PlainDecoder
 from visionattn.layers.channels_last import channels_innermost, on_map
 from visionattn.layers.guided_filter import resize, window_sum
@@ -259,42 +258,7 @@ class FSGNet(_VesselNet):
             ("decoder." if key.split(".")[0] in parts else "encoder.") + key: tensor
             for key, tensor in read_published(path).items()
         }
-        own = self.state_dict()
-        missing = sorted(k for k in own.keys() - weights.keys() if not k.endswith("num_batches_tracked"))
-        unknown = sorted(weights.keys() - own.keys())
-        shapes = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
-        if missing or unknown or shapes:
-            raise ValueError(
-                f"{path} does not fit this FSGNet: {len(missing)} tensors are missing (first {missing[:1]}), "
-                f"{len(unknown)} unknown (first {unknown[:1]}), {len(shapes)} of another shape (first {shapes[:1]}); "
-                "check base_c, depths and guided"
-            )
-        self.load_state_dict(weights, strict=False)
-
-
-def read_published(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, without the prefix ``module.`` of parallel training; errors as ``load_published``."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pth or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds objects other than tensors, or is no checkpoint, and was not unpickled, since that could "
-            "run code; save its state dict as .safetensors with a tool you trust"
-        ) from error
-    except Exception as error:  # readers raise a dozen types for damaged files
-        raise ValueError(f"cannot read the checkpoint {path}: {error}") from error
-    for inner in ("model_state_dict", "state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(inner), dict):
-            found = found[inner]
-    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(f"{path} holds no state dict, expected names and tensors")
-    return {key.removeprefix("module."): tensor for key, tensor in found.items()}
+        fill(self, weights, path, "base_c, depths and guided")
 
 
 class FSGNetDecoder(_VesselNet):

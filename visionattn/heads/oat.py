@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionattn.heads.fsgnet import read_published
+from visionattn.heads._published import fill, read_published
 from visionattn.heads.object_encoders import Scenes, object_features
 from visionattn.layers.pointer_attention import PointerAttention
 from visionattn.layers.position_table import position_table, read_table
@@ -276,14 +276,5 @@ class OAT(nn.Module):
                 continue
             new = next((value + key.removeprefix(old) for old, value in names.items() if key.startswith(old)), key)
             weights["cnn_embedding.encoder." + new if key.startswith("cnn_embedding.") else new] = tensor
-        own = self.state_dict()
-        weights.setdefault("pe", own["pe"])
-        strange = sorted(own.keys() ^ weights.keys())
-        shapes = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
-        if strange or shapes:
-            raise ValueError(
-                f"{path} does not fit this OAT: {len(strange)} names differ (first {strange[:1]}), {len(shapes)} "
-                f"shapes (first {shapes[:1]}); check rows, cols, dim, depths, crop and spp"
-            )
-        self.load_state_dict(weights)
+        fill(self, weights, path, "rows, cols, dim, depths, crop and spp", optional="pe")
         return self

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.heads._backbones import create_backbone
-from visionattn.heads.fsgnet import read_published
+from visionattn.heads._published import fill, read_published
 from visionattn.heads.text import create_text_encoder
 
 PUBLISHED_TEXT_DIM = 384
@@ -215,17 +215,7 @@ class SentenceAttentionNet(nn.Module):
                 weights[f"backbone.{efficientnet_key(key.removeprefix('backbone.'), self.backbone)}"] = tensor
             elif not key.startswith("init_norm.") or isinstance(self.init_norm, nn.InstanceNorm2d):
                 weights[key] = tensor
-        own = {k: x for k, x in self.state_dict().items() if not k.startswith("text.")}
-        missing = sorted(k for k in own.keys() - weights.keys() if not k.endswith("num_batches_tracked"))
-        unknown = sorted(weights.keys() - own.keys())
-        shapes = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
-        if missing or unknown or shapes:
-            raise ValueError(
-                f"{path} is not of this network: {len(missing)} tensors missing {missing[:2]}, {len(unknown)} unknown "
-                f"{unknown[:2]}, {len(shapes)} of another shape {shapes[:2]}; check backbone, text_dim, num_classes "
-                "and image_norm"
-            )
-        self.load_state_dict(weights, strict=False)
+        fill(self, weights, path, "backbone, text_dim, num_classes and image_norm", optional="text.")
         return self
 
     @torch.jit.ignore

@@ -23,21 +23,12 @@ class Classification(Training):
         model: Images ``[B, C, H, W]`` to logits ``[B, classes]``.
         num_classes: Number of classes.
         seed: Seed of the run.
-        epochs: Length of the schedule.
-        opt: Optimizer, a name of ``timm.optim``.
-        lr: Peak learning rate.
-        weight_decay: On matrices and kernels; vectors have none.
-        layer_decay: Factor on the learning rate from each layer to the one before.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at its start.
-        min_lr: Learning rate at the end.
         smoothing: Label smoothing.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
-        ema_decay: Decay of an exponential moving average of the weights.
-        ema_eval: Validate the averaged weights instead of the trained ones (and so choose the best checkpoint by them).
         aux_weight: Weight of the same loss on each further output of a model that returns several in training.
         hparams: Plain values that a checkpoint keeps under ``hyper_parameters``.
+        **training: Optimizer, schedule and averaged weights, see ``Training``.
     """
 
     def __init__(
@@ -45,24 +36,14 @@ class Classification(Training):
         model: nn.Module,
         num_classes: int,
         seed: int,
-        epochs: int,
-        opt: str,
-        lr: float,
-        weight_decay: float,
-        layer_decay: float | None,
-        warmup_epochs: int,
-        warmup_lr: float,
-        min_lr: float,
         smoothing: float,
         mixup: float,
         cutmix: float,
-        ema_decay: float | None,
-        ema_eval: bool,
         aux_weight: float,
         hparams: dict[str, Any],
+        **training: Any,
     ):
-        optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-        super().__init__(model, epochs, optimizer_args, warmup_epochs, warmup_lr, min_lr, ema_decay, ema_eval)
+        super().__init__(model, **training)
         self.aux_weight, self.seed = aux_weight, seed
         self.mixup = None
         self.loss: nn.Module = LabelSmoothingCrossEntropy(smoothing)

@@ -38,21 +38,9 @@ class Grounding(Training):
         model: Images ``[B, C, H, W]`` and B questions to logits ``[B, 1, H, W]``.
         num_classes: 1.
         seed: Seed of the run.
-        epochs: Length of the schedule.
         loss: One of ``visionattn.tasks.segmentation.LOSSES``.
-        opt: Optimizer, a name of ``timm.optim``.
-        lr: Peak learning rate.
-        weight_decay: On matrices and kernels.
-        layer_decay: Factor on the learning rate from each layer to the one before.
-        schedule: ``"cosine"``, ``"cosine_cycles"`` or ``"exponential"``, see ``Training``.
-        cycles: Full cosines.
-        decay: Factor per epoch.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at its start.
-        min_lr: Learning rate at the end.
-        ema_decay: Decay of an exponential moving average of the weights.
-        ema_eval: Validate the averaged weights.
         hparams: Plain values that a checkpoint keeps under ``hyper_parameters``.
+        **training: Optimizer, schedule and averaged weights, see ``Training``.
 
     Raises:
         ValueError: An unknown loss or schedule.
@@ -65,26 +53,11 @@ class Grounding(Training):
         model: nn.Module,
         num_classes: int,
         seed: int,
-        epochs: int,
         loss: str,
-        opt: str,
-        lr: float,
-        weight_decay: float,
-        layer_decay: float | None,
-        schedule: str,
-        cycles: float,
-        decay: float,
-        warmup_epochs: float,
-        warmup_lr: float,
-        min_lr: float,
-        ema_decay: float | None,
-        ema_eval: bool,
         hparams: dict[str, Any],
+        **training: Any,
     ):
-        args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-        super().__init__(
-            model, epochs, args, warmup_epochs, warmup_lr, min_lr, ema_decay, ema_eval, schedule, cycles, decay
-        )
+        super().__init__(model, **training)
         self.loss: Callable[[Tensor, Tensor], Tensor] = MaskLoss(loss, num_classes)
         self.seed = seed
         self.save_hyperparameters(dict(hparams))

@@ -7,8 +7,8 @@ from torch import nn
 
 from visionattn.data.grounding_pipeline import GroundingSamples, GroundingTransform, collate_questions
 from visionattn.heads.text import build_vocabulary
+from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import head_class
-from visionattn.tasks.segmentation_data import MaskData
 
 
 def make_grounder(arguments: dict[str, Any], in_chans: int) -> nn.Module:
@@ -28,16 +28,6 @@ def make_grounder(arguments: dict[str, Any], in_chans: int) -> nn.Module:
     return head_class(str(arguments.get("_target_")))(**given, num_classes=1, in_chans=in_chans)
 
 
-class QuestionData(MaskData):
-    """Loaders of the training and validation split; arguments as ``MaskData``."""
-
-    def _samples(self, source: Any, train: bool) -> GroundingSamples:
-        transform: Any = GroundingTransform(**self.config["transform"], train=train)
-        return GroundingSamples(source, transform, self.seed, self.config["on_error"], replace=train)
-
-    collate = staticmethod(collate_questions)
-
-
 def with_vocabulary(arguments: dict[str, Any], questions: list[str]) -> dict[str, Any]:
     """The arguments of a network with the vocabulary of the training questions, where its encoder wants one."""
     text = dict(arguments.get("text") or {})
@@ -47,7 +37,7 @@ def with_vocabulary(arguments: dict[str, Any], questions: list[str]) -> dict[str
     return {**arguments, "text": text}
 
 
-def prepare_questions(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, QuestionData, dict[str, Any], int]:
+def prepare_questions(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, EpochData, dict[str, Any], int]:
     """Network, loaders, what the checkpoint keeps of them, and the number of outputs.
 
     Raises:
@@ -64,9 +54,14 @@ def prepare_questions(config: DictConfig, source: Any, val: Any) -> tuple[nn.Mod
     for question in dict.fromkeys([*source.questions, *val.questions]):
         model.text.check([question])
     group: Any = OmegaConf.to_container(config.data, resolve=True)
+
+    def samples(split: Any, train: bool) -> GroundingSamples:
+        transform = GroundingTransform(**group["transform"], train=train)
+        return GroundingSamples(split, transform, config.seed, group["on_error"], replace=train)
+
     kept = dict(
         task="grounding",
         model={k: v for k, v in arguments.items() if k != "pretrained"},
         data=group["transform"],
     )
-    return model, QuestionData(group, source, val, config.seed), kept, 1
+    return model, EpochData(group, samples(source, True), samples(val, False), collate_questions, config.seed), kept, 1

@@ -96,6 +96,7 @@ def evaluate_questions(run: str | Path, overrides: list[str], averaged: bool | N
     transform: Any = GroundingTransform(**grounder.transform, train=False)
     samples = GroundingSamples(source, transform, config.seed, config.data.on_error, replace=False)
     others = other_questions(source.questions, source.groups, config.seed)
+    objects = getattr(source, "foreground", None)
     rows: list[dict[str, Any]] = []
     shown: list[Shown] = []
     skipped: list[str] = []
@@ -109,6 +110,10 @@ def evaluate_questions(run: str | Path, overrides: list[str], averaged: bool | N
         row: dict[str, Any] = {key: batch[key] for key in ("name", "group", "question", "answer")}
         row |= question_metrics(found, mask)
         row |= dict(iou_shuffled=iou(wrong > 0.5, mask == 1), iou_whole_image=iou(mask >= 0, mask == 1))
+        if objects is not None:
+            row |= _by_objects(objects(i), mask == 1, np.random.default_rng([config.seed, i])) | dict(
+                named=source.named(i)
+            )
         rows.append(row)
         if len(shown) < _PICTURES and row["group"] not in {other.group for other in shown}:
             shown.append(Shown(row["group"], row["question"], batch["image"], mask, found > 0.5, row["iou"]))
@@ -126,6 +131,15 @@ def evaluate_questions(run: str | Path, overrides: list[str], averaged: bool | N
     write_results(output, result, rows)
     write_report(output, result, shown, folder / "logs")
     return result
+
+
+def _by_objects(objects: list[np.ndarray], truth: Tensor, rng: np.random.Generator) -> dict[str, float]:
+    """IoU of answers without a question: all objects of the image, and one of them at random."""
+    everything, one = np.any(objects, 0), objects[int(rng.integers(len(objects)))]
+    return {
+        name: iou(torch.from_numpy(found), truth)
+        for name, found in (("iou_all_objects", everything), ("iou_random_object", one))
+    }
 
 
 @torch.inference_mode()

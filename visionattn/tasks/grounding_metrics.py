@@ -9,6 +9,7 @@ from visionattn.tasks.segmentation_metrics import confusion, from_counts, interv
 
 LEVELS = (0.25, 0.5, 0.75)
 """A question counts as answered at these IoUs."""
+OTHERS = ("pointing", "iou_shuffled", "iou_whole_image", "iou_all_objects", "iou_random_object")
 
 
 def iou(prediction: Tensor, truth: Tensor) -> float:
@@ -47,8 +48,9 @@ def summarize(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         seed: Of the draws.
 
     Returns:
-        ``questions``, ``images`` and for ``iou``, ``iou_at_0.25`` and so on, ``pointing`` and ``iou_shuffled`` their
-        ``mean`` (None if undefined), ``ci95`` and ``undefined`` (number of questions).
+        ``questions``, ``images`` and for ``iou``, ``iou_at_0.25`` and so on and those of ``OTHERS`` that the rows have
+        their ``mean`` (None if undefined), ``ci95`` and ``undefined`` (number of questions); with ``named`` in the rows
+        ``iou_by_named``, mean and number of questions of each.
 
     Raises:
         ValueError: No rows.
@@ -58,8 +60,13 @@ def summarize(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
     groups = [row["group"] for row in rows]
     columns = {"iou": [row["iou"] for row in rows]}
     columns |= {f"iou_at_{level}": [float(row["iou"] >= level) for row in rows] for level in LEVELS}
-    columns |= {key: [row[key] for row in rows] for key in ("pointing", "iou_shuffled", "iou_whole_image")}
+    columns |= {key: [row[key] for row in rows] for key in OTHERS if key in rows[0]}
     result: dict[str, Any] = dict(questions=len(rows), images=len(set(groups)))
+    if "named" in rows[0]:
+        kinds = {
+            kind: [row["iou"] for row in rows if row["named"] == kind] for kind in sorted({r["named"] for r in rows})
+        }
+        result["iou_by_named"] = {kind: dict(mean=sum(v) / len(v), questions=len(v)) for kind, v in kinds.items()}
     for name, values in columns.items():
         known = [value for value in values if not math.isnan(value)]
         mean = sum(known) / len(known) if known else None

@@ -19,6 +19,8 @@ _ROWS = {
     "pointing": "pointing game",
     "iou_shuffled": "mean IoU with another question",
     "iou_whole_image": "mean IoU of the whole image",
+    "iou_all_objects": "mean IoU of all objects of the image",
+    "iou_random_object": "mean IoU of one of its objects at random",
 }
 
 
@@ -37,11 +39,17 @@ def table(result: dict[str, Any]) -> str:
     """Markdown table of an evaluation: for each metric mean, interval and undefined questions."""
     rows = []
     for key, title in _ROWS.items():
+        if key not in result:
+            continue
         entry = result[key]
         mean = "undefined" if entry["mean"] is None else f"{entry['mean']:.4f}"
         ci = "" if entry["ci95"] is None else "{:.4f} to {:.4f}".format(*entry["ci95"])
         rows.append([title, mean, ci, f"{entry['undefined']} of {result['questions']}"])
-    return markdown(["metric", "mean over questions", "95 % interval", "undefined"], rows)
+    text = markdown(["metric", "mean over questions", "95 % interval", "undefined"], rows)
+    if "iou_by_named" in result:
+        kinds = [[kind, f"{v['mean']:.4f}", str(v["questions"])] for kind, v in result["iou_by_named"].items()]
+        text += "\n\n" + markdown(["the question names", "mean IoU", "questions"], kinds)
+    return text
 
 
 def draw_answers(shown: list[Shown], output: Path, columns: int = 4) -> None:

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import lightning
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from visionattn.data.hull import RandomHulls, collate_points
-from visionattn.data.pipeline import EpochSampler
 from visionattn.heads.pointer_network import PointerNetwork
+from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import head_class
 from visionattn.tasks.training import Training
 
@@ -21,15 +19,8 @@ class Hull(Training):
         model: ``visionattn.heads.pointer_network.PointerNetwork``.
         num_classes: Not used.
         seed: Seed of the run.
-        epochs: Length of the schedule.
-        opt: Optimizer, a name of ``timm.optim``.
-        lr: Peak learning rate.
-        weight_decay: On matrices.
-        warmup_epochs: Epochs of linear warm-up.
-        min_lr: Learning rate at the end.
-        ema_decay: Decay of an exponential moving average of the weights.
-        ema_eval: Validate the averaged weights.
         hparams: Plain values that a checkpoint keeps.
+        **training: Optimizer, schedule and averaged weights, see ``Training``.
     """
 
     monitors = ("val/exact", "val/loss")
@@ -40,18 +31,10 @@ class Hull(Training):
         model: nn.Module,
         num_classes: int,
         seed: int,
-        epochs: int,
-        opt: str,
-        lr: float,
-        weight_decay: float,
-        warmup_epochs: int,
-        min_lr: float,
-        ema_decay: float | None,
-        ema_eval: bool,
         hparams: dict[str, Any],
+        **training: Any,
     ):
-        args = dict(opt=opt, lr=lr, weight_decay=weight_decay)
-        super().__init__(model, epochs, args, warmup_epochs, min_lr, min_lr, ema_decay, ema_eval)
+        super().__init__(model, **training)
         self.save_hyperparameters(hparams)
 
     def _loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
@@ -74,36 +57,6 @@ class Hull(Training):
         self.log("val/exact", exact, batch_size=size, sync_dist=True)
 
 
-class HullData(lightning.LightningDataModule):
-    """Loaders of the training and validation split.
-
-    Args:
-        config: The ``data`` group.
-        train: Training items.
-        val: Validation items.
-        seed: Seed of the run.
-    """
-
-    def __init__(self, config: dict[str, Any], train: RandomHulls, val: RandomHulls, seed: int):
-        super().__init__()
-        self.config, self.train, self.val, self.seed = config, train, val, seed
-
-    def _loader(self, source: Any, train: bool) -> DataLoader:
-        trainer, size = self.trainer, self.config["batch_size"]
-        sampler = EpochSampler(source, train, self.seed, 1, trainer.global_rank, trainer.world_size)
-        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
-        whole = train and len(sampler) > size
-        return DataLoader(source, batch_size=size, sampler=sampler, collate_fn=collate_points, drop_last=whole)
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches."""
-        return self._loader(self.train, True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Every validation item once."""
-        return self._loader(self.val, False)
-
-
 def make_network(arguments: dict[str, Any]) -> PointerNetwork:
     """The network of a ``model`` group.
 
@@ -116,7 +69,7 @@ def make_network(arguments: dict[str, Any]) -> PointerNetwork:
     return found(**{key: value for key, value in arguments.items() if not key.startswith("_")})
 
 
-def prepare_hulls(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, HullData, dict[str, Any], int]:
+def prepare_hulls(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, EpochData, dict[str, Any], int]:
     """Network, loaders, what the checkpoint keeps of them, and the number of outputs (which counts for nothing).
 
     Raises:
@@ -127,4 +80,4 @@ def prepare_hulls(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module,
     arguments: Any = OmegaConf.to_container(config.model, resolve=True)
     group: Any = OmegaConf.to_container(config.data, resolve=True)
     kept = dict(task="hull", model=arguments, data={"sizes": list(group["source"]["sizes"])})
-    return make_network(arguments), HullData(group, source, val, config.seed), kept, 1
+    return make_network(arguments), EpochData(group, source, val, collate_points, config.seed), kept, 1

@@ -28,21 +28,9 @@ class Scanpath(Training):
         model: ``visionattn.heads.oat.OAT``.
         num_classes: Not used; the number of classes is that of the objects.
         seed: Seed of the run.
-        epochs: Length of the schedule.
-        opt: Optimizer, a name of ``timm.optim``.
-        lr: Peak learning rate.
-        weight_decay: On matrices and kernels.
-        layer_decay: Factor on the learning rate from each layer to the one before.
-        schedule: ``"cosine"``, ``"cosine_cycles"`` or ``"exponential"``, see ``Training``.
-        cycles: Full cosines.
-        decay: Factor per epoch.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at its start.
-        min_lr: Learning rate at the end.
-        ema_decay: Decay of an exponential moving average of the weights.
-        ema_eval: Validate the averaged weights.
         samples: Scanpaths drawn of each scene in an evaluation.
         hparams: Plain values that a checkpoint keeps under ``hyper_parameters``; ``max_length`` among them.
+        **training: Optimizer, schedule and averaged weights, see ``Training``.
 
     Raises:
         ValueError: An unknown schedule.
@@ -56,25 +44,11 @@ class Scanpath(Training):
         model: nn.Module,
         num_classes: int,
         seed: int,
-        epochs: int,
-        opt: str,
-        lr: float,
-        weight_decay: float,
-        layer_decay: float | None,
-        schedule: str,
-        cycles: float,
-        decay: float,
-        warmup_epochs: int,
-        warmup_lr: float,
-        min_lr: float,
-        ema_decay: float | None,
-        ema_eval: bool,
         samples: int,
         hparams: dict[str, Any],
+        **training: Any,
     ):
-        args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-        rates = (warmup_epochs, warmup_lr, min_lr, ema_decay, ema_eval, schedule, cycles, decay)
-        super().__init__(model, epochs, args, *rates)
+        super().__init__(model, **training)
         self.seed, self.samples, self.max_length = seed, samples, int(hparams["max_length"])
         self.behaviours: list[np.ndarray] = []
         self.save_hyperparameters(hparams)

@@ -90,26 +90,14 @@ class Segmentation(Training):
         model: Images ``[B, C, H, W]`` to logits ``[B, K, H, W]``, in training possibly several; K = 1 is binary.
         num_classes: K.
         seed: Seed of the run.
-        epochs: Length of the schedule.
         loss: One of ``LOSSES``.
-        opt: Optimizer, a name of ``timm.optim``.
-        lr: Peak learning rate.
-        weight_decay: On matrices and kernels.
-        layer_decay: Factor on the learning rate from each layer to the one before.
-        schedule: ``"cosine"``, ``"cosine_cycles"`` or ``"exponential"``, see ``Training``.
-        cycles: Full cosines.
-        decay: Factor per epoch.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at its start.
-        min_lr: Learning rate at the end.
-        ema_decay: Decay of an exponential moving average of the weights.
-        ema_eval: Validate the averaged weights.
         aux_weight: Weight of the loss on each further output, the weights being divided by their sum: 1 gives the
             mean over the outputs.
         freeze: Parts for the model's ``freeze``.
         window: Side of the windows at validation; None: whole images.
         flips: Average over reflections when evaluating and predicting.
         hparams: Plain values that a checkpoint keeps under ``hyper_parameters``.
+        **training: Optimizer, schedule and averaged weights, see ``Training``.
 
     Raises:
         ValueError: An unknown loss, schedule or part, or ``freeze`` with a model that has no such method.
@@ -122,33 +110,19 @@ class Segmentation(Training):
         model: nn.Module,
         num_classes: int,
         seed: int,
-        epochs: int,
         loss: str,
-        opt: str,
-        lr: float,
-        weight_decay: float,
-        layer_decay: float | None,
-        schedule: str,
-        cycles: float,
-        decay: float,
-        warmup_epochs: int,
-        warmup_lr: float,
-        min_lr: float,
-        ema_decay: float | None,
-        ema_eval: bool,
         aux_weight: float,
         freeze: list[str],
         window: int | None,
         flips: bool,
         hparams: dict[str, Any],
+        **training: Any,
     ):
-        args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-        rates = (warmup_epochs, warmup_lr, min_lr, ema_decay, ema_eval, schedule, cycles, decay)
         if freeze:
             if not hasattr(model, "freeze"):
                 raise ValueError(f"task.freeze={list(freeze)}: {type(model).__name__} cannot freeze parts; set []")
             model.freeze(list(freeze))
-        super().__init__(model, epochs, args, *rates)
+        super().__init__(model, **training)
         self.loss: Callable[[Tensor, Tensor], Tensor] = MaskLoss(loss, num_classes)
         self.seed, self.num_classes, self.aux_weight = seed, num_classes, aux_weight
         self.window, self.flips = window, flips

@@ -17,18 +17,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader
 
 import visionattn
 from visionattn.data.images import check_channels
-from visionattn.data.pipeline import EpochSampler, Samples, collate
+from visionattn.data.pipeline import Samples, collate
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.config import write_text
 from visionattn.tasks.kinds import KINDS, function
+from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
 
 
-class ImageData(lightning.LightningDataModule):
+class ImageData(EpochData):
     """Loaders of the training and validation split.
 
     Args:
@@ -40,41 +40,16 @@ class ImageData(lightning.LightningDataModule):
     """
 
     def __init__(self, config: dict[str, Any], train: Any, val: Any, defaults: dict[str, Any], seed: int):
-        super().__init__()
-        self.config, self.seed = config, seed
         given = dict(config["transform"])
         fixed = {k: given.pop(k, v) for k, v in defaults.items()}
-        self.data_config = fixed
         sized = {k: fixed[k] for k in ("input_size", "mean", "std", "interpolation")}
         kwargs = dict(seed=seed, on_error=config["on_error"])
         # images may be resized in a random way for training only
         sized["interpolation"] = given.pop("train_interpolation", sized["interpolation"])
-        self.train = Samples(train, create_transform(**sized, **given, is_training=True), **kwargs)
-        self.val = Samples(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
-
-    def _loader(self, samples: Samples, train: bool) -> DataLoader:
-        trainer = self.trainer
-        sampler = EpochSampler(
-            samples, train, self.seed, self.config["repeats"] if train else 1, trainer.global_rank, trainer.world_size
-        )
-        # workers read ahead before the trainer says which epoch it resumes
-        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
-        return DataLoader(
-            samples,
-            batch_size=self.config["batch_size"],
-            sampler=sampler,
-            num_workers=self.config["workers"],
-            collate_fn=collate,
-            drop_last=train and len(sampler) > self.config["batch_size"],
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches."""
-        return self._loader(self.train, True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Every validation image once, in order."""
-        return self._loader(self.val, False)
+        augmented = Samples(train, create_transform(**sized, **given, is_training=True), **kwargs)
+        plain = Samples(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
+        super().__init__(config, augmented, plain, collate, seed)
+        self.data_config = fixed
 
 
 def _checkpoint(config: DictConfig, folder: Path) -> str | None:

@@ -62,13 +62,16 @@ class Training(lightning.LightningModule):
     Args:
         model: The network.
         epochs: Length of the schedule.
-        optimizer_args: Of ``timm.optim.create_optimizer_v2``: opt, lr, weight_decay, layer_decay.
+        opt: Optimizer, a name of ``timm.optim``.
+        lr: Peak learning rate.
+        weight_decay: On matrices and kernels.
+        layer_decay: Factor on the learning rate from each layer to the one before.
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: Learning rate at its start (timm's cosine only).
         min_lr: Learning rate at the end (timm's cosine only).
         ema_decay: Decay of an exponential moving average of the weights.
-        ema_eval: Validate the averaged weights.
-        schedule: One of ``SCHEDULES``.
+        ema_eval: Validate the averaged weights (and so choose the best checkpoint by them).
+        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"`` or ``"exponential"`` (at every step).
         cycles: Full cosines of ``"cosine_cycles"``.
         decay: Factor per epoch of ``"exponential"``.
 
@@ -83,12 +86,15 @@ class Training(lightning.LightningModule):
         self,
         model: nn.Module,
         epochs: int,
-        optimizer_args: dict[str, Any],
-        warmup_epochs: int,
-        warmup_lr: float,
-        min_lr: float,
-        ema_decay: float | None,
-        ema_eval: bool,
+        opt: str,
+        lr: float,
+        weight_decay: float,
+        layer_decay: float | None = None,
+        warmup_epochs: float = 0,
+        warmup_lr: float = 0.0,
+        min_lr: float = 0.0,
+        ema_decay: float | None = None,
+        ema_eval: bool = False,
         schedule: str = "cosine",
         cycles: float = 1.0,
         decay: float = 1.0,
@@ -102,7 +108,7 @@ class Training(lightning.LightningModule):
         self.averaged_steps = 0
         self.epochs, self.min_lr = epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
-        self.optimizer_args = optimizer_args
+        self.optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
         self.schedule_name, self.cycles, self.decay = schedule, cycles, decay
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
