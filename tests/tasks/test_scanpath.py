@@ -131,7 +131,7 @@ def test_experiment_can_be_made(name):
 
 def test_settings_that_do_not_fit_are_named(books, tmp_path):
     for changes, message in (
-        (["model=fpn"], "gives no scanpaths; choose model=oat"),
+        (["model=fpn"], "is no OAT; choose model=oat"),
         (["model.objects=image", "model.backbone=test_nat"], "model.objects=image, but data.transform.objects=crops"),
         (["data.transform.scale=x"], "expected crops or image, unit or minmax"),
     ):

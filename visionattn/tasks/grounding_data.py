@@ -8,7 +8,7 @@ from torch import nn
 from visionattn.data.grounding_pipeline import GroundingSamples, GroundingTransform, collate_questions
 from visionattn.heads.text import build_vocabulary
 from visionattn.tasks.loaders import EpochData
-from visionattn.tasks.networks import head_class
+from visionattn.tasks.networks import make_head
 
 
 def make_grounder(arguments: dict[str, Any], in_chans: int) -> nn.Module:
@@ -22,10 +22,9 @@ def make_grounder(arguments: dict[str, Any], in_chans: int) -> nn.Module:
     Raises:
         ValueError: Another ``_target_``, or no text encoder.
     """
-    given = {key: value for key, value in arguments.items() if not key.startswith("_")}
-    if not given.get("text"):
+    if not arguments.get("text"):
         raise ValueError("model.text is missing: a run needs a text encoder; choose model=sentence_attention")
-    return head_class(str(arguments.get("_target_")))(**given, num_classes=1, in_chans=in_chans)
+    return make_head(arguments, num_classes=1, in_chans=in_chans)
 
 
 def with_vocabulary(arguments: dict[str, Any], questions: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from visionattn.data.hull import RandomHulls, collate_points
 from visionattn.heads.pointer_network import PointerNetwork
 from visionattn.tasks.loaders import EpochData
-from visionattn.tasks.networks import head_class
+from visionattn.tasks.networks import make_head
 from visionattn.tasks.training import Training
 
 
@@ -61,12 +61,9 @@ def make_network(arguments: dict[str, Any]) -> PointerNetwork:
     """The network of a ``model`` group.
 
     Raises:
-        ValueError: It is no Pointer Network.
+        ValueError: It is no Pointer Network, or arguments that one does not have.
     """
-    found = head_class(str(arguments.get("_target_")))
-    if not issubclass(found, PointerNetwork):
-        raise ValueError(f"model._target_={arguments['_target_']} is no Pointer Network; choose model=pointer_network")
-    return found(**{key: value for key, value in arguments.items() if not key.startswith("_")})
+    return make_head(arguments, PointerNetwork, "model=pointer_network")
 
 
 def prepare_hulls(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, EpochData, dict[str, Any], int]:

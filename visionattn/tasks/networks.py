@@ -1,5 +1,6 @@
 """Networks from the ``model`` group of a configuration or a checkpoint, which can name nothing else."""
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +30,34 @@ def head_class(target: str) -> type[nn.Module]:
     raise ValueError(f"model._target_={target} is no network of {_HEADS}*; for masks choose model=unet or another")
 
 
+def make_head(arguments: dict[str, Any], kind: type[nn.Module] = nn.Module, choose: str = "", **more: Any) -> Any:
+    """The network of a ``model`` group that names a class of ``visionattn.heads``.
+
+    Args:
+        arguments: ``_target_`` and the arguments of the class.
+        kind: What the class must be.
+        choose: What to choose otherwise.
+        **more: Further arguments.
+
+    Raises:
+        ValueError: Another ``_target_``, or arguments that its class does not have.
+    """
+    target = str(arguments.get("_target_"))
+    network = head_class(target)
+    if not issubclass(network, kind):
+        raise ValueError(f"model._target_={target} is no {kind.__name__}; choose {choose}")
+    given = {key: value for key, value in arguments.items() if not key.startswith("_")}
+    known = inspect.signature(network).parameters
+    free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    if unknown := [key for key in given if key not in known and not free]:
+        left_out = " ".join(f"'~model.{key}'" for key in unknown)
+        raise ValueError(
+            f"{network.__name__} has no argument {', '.join(unknown)}, which another model of this experiment has; "
+            f"leave out: {left_out}"
+        )
+    return network(**given, **more)
+
+
 def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) -> nn.Module:
     """The classifier of a ``model`` group: a model of timm, or a class of ``visionattn.heads`` around one.
 
@@ -38,12 +67,12 @@ def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) 
         in_chans: Channels of the image.
 
     Raises:
-        ValueError: An unknown model or ``_target_``.
+        ValueError: An unknown model, or as ``make_head``.
     """
     given = {key: value for key, value in arguments.items() if key != "_target_"}
     sizes = dict(num_classes=num_classes, in_chans=in_chans)
-    if (target := arguments.get("_target_", _TIMM)) != _TIMM:
-        return head_class(target)(**given, **sizes)
+    if arguments.get("_target_", _TIMM) != _TIMM:
+        return make_head(arguments, **sizes)
     if not timm.is_model(given["model_name"].split(".")[0]):
         visionattn.create_model(given["model_name"])  # raises with the nearest names
     return timm.create_model(**given, **sizes)

@@ -8,7 +8,7 @@ from torch import nn
 from visionattn.data.scanpath_pipeline import ScanpathSamples, SceneTransform, collate_scenes
 from visionattn.heads.oat import OAT
 from visionattn.tasks.loaders import EpochData
-from visionattn.tasks.networks import head_class
+from visionattn.tasks.networks import make_head
 
 
 def make_network(arguments: dict[str, Any]) -> OAT:
@@ -18,12 +18,9 @@ def make_network(arguments: dict[str, Any]) -> OAT:
         arguments: ``_target_``, ``visionattn.heads.oat.OAT``, and its arguments.
 
     Raises:
-        ValueError: Another ``_target_``.
+        ValueError: Another ``_target_``, or arguments that OAT does not have.
     """
-    found = head_class(str(arguments.get("_target_")))
-    if not issubclass(found, OAT):
-        raise ValueError(f"model._target_={arguments['_target_']} gives no scanpaths; choose model=oat")
-    return found(**{key: value for key, value in arguments.items() if not key.startswith("_")})
+    return make_head(arguments, OAT, "model=oat")
 
 
 def prepare_scanpaths(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, EpochData, dict[str, Any], int]:

@@ -8,7 +8,7 @@ from torch import nn
 from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_samples
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.loaders import EpochData
-from visionattn.tasks.networks import head_class
+from visionattn.tasks.networks import make_head
 
 _POOLING = ("upernet", "pan")  # have a batch norm of one pixel an image
 
@@ -29,11 +29,9 @@ def make_network(arguments: dict[str, Any], classes: list[str], in_chans: int) -
         in_chans: Channels of the image.
 
     Raises:
-        ValueError: Another ``_target_``, for example a classifier's.
+        ValueError: Another ``_target_``, for example a classifier's, or arguments that its class does not have.
     """
-    given = {key: value for key, value in arguments.items() if not key.startswith("_")}
-    network = head_class(str(arguments.get("_target_")))
-    return network(**given, num_classes=outputs(classes), in_chans=in_chans)
+    return make_head(arguments, num_classes=outputs(classes), in_chans=in_chans)
 
 
 def prepare_masks(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, EpochData, dict[str, Any], int]:
