@@ -107,7 +107,7 @@ def test_bad_archives_are_named(tmp_path):
     refused(ValueError, "no published set 'kvasr'", whole, name="kvasr")
     with pytest.raises(ValueError, match="did you mean 'kvasir'"):
         preparer("kvasr")
-    refused(ValueError, "no archives", [])
+    refused(ValueError, "there are no archives", [])
     refused(FileNotFoundError, "none.zip", [tmp_path / "none.zip"])
     refused(FileNotFoundError, "no image of drive", whole, name="drive")
     (tmp_path / "cut.zip").write_bytes(whole[0].read_bytes()[:200])

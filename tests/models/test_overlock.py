@@ -308,19 +308,8 @@ def test_bad_architecture_is_named(kwargs, message):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager():
-    model, x = randomised("test_overlock", num_classes=10), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    grads = []
-    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        out = function(x)
-        grads.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
-    for expected, actual in zip(*grads, strict=True):
-        assert_close("logits or gradient", expected, actual, 1e-9)
-
-
-@pytest.mark.slow
 def test_exported_with_free_sizes_equals_eager_on_both_sides_of_the_kernels():
-    free, model = torch.export.Dim.DYNAMIC, timm.create_model("overlock_xt", num_classes=10).eval()
+    free, model = torch.export.Dim.DYNAMIC, timm.create_model("test_overlock", num_classes=10).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: free, 2: free, 3: free},))
     for size in ((3, 3, 97, 65), (1, 3, 256, 224)):
         x = torch.randn(size)

@@ -4,9 +4,11 @@ import gzip
 import hashlib
 import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 Progress = Callable[[str], None]
@@ -90,3 +92,36 @@ def _check_member(member: str, archive: Path) -> None:
     path = PurePosixPath(member.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
         raise ValueError(f"{archive} holds the path {member!r}, which leads out of its folder; do not use this archive")
+
+
+@contextmanager
+def unpacked(
+    archives: Iterable[str | Path], output: str | Path, progress: Progress | None = None
+) -> Iterator[tuple[list[Path], Path, dict[str, str]]]:
+    """The contents of archives, and a folder that appears as ``output`` when the block ends without an error.
+
+    Args:
+        archives: The files as downloaded (zip, tar, tar.gz, gz), or folders of their contents.
+        output: Folder to write, which must not exist yet.
+        progress: Told in words what is being done.
+
+    Yields:
+        Folders of the contents; the folder to fill, which does not exist yet; SHA-256 of the archives by their names.
+
+    Raises:
+        FileNotFoundError: An archive is missing.
+        FileExistsError: There is something at ``output``.
+        ValueError: No archive, or damaged ones.
+    """
+    paths, output = [Path(archive) for archive in archives], Path(output)
+    if not paths:
+        raise ValueError("there are no archives; give the files as downloaded")
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; remove it or choose another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # beside the output, so that it can be renamed
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        folders = unpack(paths, Path(temporary, "archives"), progress)
+        target = Path(temporary, "dataset")
+        yield folders, target, {path.name: digest(path) for path in paths if path.is_file()}
+        target.rename(output)

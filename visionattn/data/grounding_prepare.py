@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from visionattn.data.archives import Progress, digest, unpack
+from visionattn.data.archives import Progress, unpacked
 from visionattn.data.grounding import QuestionList, Row
 from visionattn.data.grounding_layouts import LAYOUTS, Entry, index
 from visionattn.data.images import read_image
@@ -51,21 +50,14 @@ def prepare(
     """
     if name not in LAYOUTS:
         raise ValueError(f"no published grounding set {name!r}, expected one of {', '.join(LAYOUTS)}")
-    paths, output = [Path(archive) for archive in archives], Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folders = unpack(paths, Path(temporary, "archives"), progress)
-        target = Path(temporary, "dataset")
+    with unpacked(archives, output, progress) as (folders, target, sources):
         entries = list(LAYOUTS[name].read(index(folders)))
         kept = _complete(name, entries, complete)
         info = dict(format=FORMAT, name=name, kind="grounding", **_convert(name, kept, target, progress))
         info["counts"] |= dict(left_out=len(entries) - len(kept))
         info["note"] = LAYOUTS[name].note
-        info["sources"] = {path.name: digest(path) for path in paths if path.is_file()}
+        info["sources"] = sources
         (target / "dataset.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-        target.rename(output)
     return info
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionattn.data.archives import Progress, digest, unpack
+from visionattn.data.archives import Progress, unpacked
 from visionattn.data.datasets import EXTENSIONS
 from visionattn.data.layouts import LAYOUTS, Layout
 from visionattn.data.masks import check_sizes, read_mask, read_pixels
@@ -48,20 +47,10 @@ def prepare(
     """
     if name not in LAYOUTS:
         raise ValueError(f"no published set {name!r}, expected one of {', '.join(LAYOUTS)}")
-    paths, output = [Path(archive) for archive in archives], Path(output)
-    if not paths:
-        raise ValueError(f"no archives for {name}; give the files as downloaded")
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # beside the output, so that it can be renamed
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folders = unpack(paths, Path(temporary, "archives"), progress)
-        target = Path(temporary, "dataset")
+    with unpacked(archives, output, progress) as (folders, target, sources):
         info = _convert(name, LAYOUTS[name], folders, target, progress, complete)
-        info["sources"] = {path.name: digest(path) for path in paths if path.is_file()}
+        info["sources"] = sources
         (target / "dataset.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-        target.rename(output)
     return info
 
 

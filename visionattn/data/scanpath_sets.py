@@ -9,7 +9,6 @@ https://sites.google.com/view/cocosearch. mit1003: Judd et al. 2009, or any imag
 import csv
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionattn.data.archives import Progress, digest, unpack
+from visionattn.data.archives import Progress, unpacked
 from visionattn.data.datasets import EXTENSIONS
 from visionattn.data.scanpath import FILE, FORMAT, divide
 
@@ -285,17 +284,11 @@ def prepare(
         FileExistsError: There is something at ``output``.
         ValueError: Damaged or unfitting files, by name.
     """
-    paths, output = [Path(archive) for archive in archives], Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; remove it or choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folders = unpack(paths, Path(temporary, "archives"), progress)
+    with unpacked(archives, output, progress) as (folders, target, sources):
         try:
             found, counts = READERS[name](_files(folders), complete)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{name}: the tables have another layout ({type(error).__name__}: {error})") from error
-        target = Path(temporary, "set")
         (target / "images").mkdir(parents=True)
         scenes = []
         for number, (image, entry) in enumerate(found):
@@ -309,9 +302,8 @@ def prepare(
             if entry["fixations"]:
                 scenes.append({"image": place, "name": f"{image.parent.name}/{image.stem}", **entry})
         content = dict(format=FORMAT, name=name, counts=counts | dict(scenes=len(scenes)), scenes=scenes)
-        content["sources"] = {path.name: digest(path) for path in paths if path.is_file()}
+        content["sources"] = sources
         (target / FILE).write_text(json.dumps(content), encoding="utf-8")
-        target.rename(output)
     return content | dict(splits=_splits(scenes))
 
 
