@@ -89,6 +89,15 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     assert_same_weights(run, half)
 
 
+def test_memory_format_changes_no_more_than_rounding(run, tmp_path):
+    other = train(tmp_path, "b", "task.channels_last=false")
+    key = next(key for key, value in checkpoint(run)["state_dict"].items() if value.dim() == 4 and min(value.shape) > 1)
+    arranged = [checkpoint(x)["state_dict"][key].is_contiguous(memory_format=torch.channels_last) for x in (run, other)]
+    assert arranged == [True, False]
+    losses = [json.loads((x / "metrics.json").read_text())["val/loss"] for x in (run, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_checkpoint_holds_the_words_of_the_training_questions(run):
     hparams = checkpoint(run)["hyper_parameters"]
     assert hparams["task"] == "grounding" and hparams["classes"] == ["background", "answer"]

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from visionattn.data.pipeline import EpochSampler
@@ -49,3 +52,13 @@ class EpochData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Every validation sample once, in order."""
         return self._loader(self.val, False)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Images ``[B, C, H, W]`` in the memory format of the weights."""
+        if not getattr(self.trainer.lightning_module, "channels_last", False):
+            return batch
+        return apply_to_collection(batch, Tensor, _channels_last)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
