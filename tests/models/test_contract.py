@@ -1,7 +1,8 @@
-"""The whole timm contract (``tests/contract``) for every test model; for one published variant of each family what its
-widths and depth may change.
+"""The timm contract (``tests/contract``) for every test model; for one published variant of each family what its widths
+and depth may change.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,12 +27,34 @@ VARIANTS = [
 
 POINTS = ["registry.*", "cfg.*", "features.*", "size.*", "in_chans.*"]
 
+EXPORTS = {"graph.export_static", "graph.export_dynamic_batch", "extra.export_dynamic_hw", "extra.onnx"}
+TRAINED = {"graph.compile_training_fullgraph"}
+IMPLIED = {
+    # their own tests export with batch and sizes free at once, to ONNX with a free batch, and compile with gradients
+    "test_biformer": EXPORTS,
+    "test_overlock": EXPORTS,
+    "test_litv2": EXPORTS | TRAINED,
+    "test_activator": EXPORTS | TRAINED,
+    "test_ninformer": {"extra.onnx"} | TRAINED,
+    "test_dinat": EXPORTS | TRAINED,  # NAT with other numbers
+}
+
+
+def _first_points(name):
+    """All points but those that take long and that other tests imply."""
+    spec = importlib.util.spec_from_file_location("timm_contract", TOOL)
+    spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
+    # compiled with gradients by another point or test
+    implied = {"graph.compile_fullgraph"} | IMPLIED.get(name, set())
+    return [point for point, _ in tool.POINTS if point not in implied]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names, points, least",
     [
-        *(([name], ["*"], 75) for name in visionattn.list_models("test_*")),
+        *(([name], _first_points(name), 70) for name in visionattn.list_models("test_*")),
+        pytest.param(visionattn.list_models("test_*"), ["*"], 750, marks=pytest.mark.thorough),
         pytest.param(VARIANTS, POINTS, 200, marks=pytest.mark.thorough),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
