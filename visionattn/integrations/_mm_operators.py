@@ -10,6 +10,7 @@ Code: https://github.com/open-mmlab/mmcv (Apache-2.0), ``mmcv/ops``; it is calle
 import sys
 from collections.abc import Callable
 from importlib import util
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -230,6 +231,8 @@ class Operators(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("mmcv._ext", "Operators of visionattn in the place of mmcv's compiled ones.")
+        # without a loader, by which mmengine tells that mmcv has no compiled operators
+        self.__spec__ = ModuleSpec("mmcv._ext", loader=None)
         for function in SUPPLIED:
             setattr(self, function.__name__, function)
 
