@@ -73,6 +73,11 @@ class Overview(nn.Module):
         return self.scale(self.proj(self.norm(x)))
 
 
+def _keep_overview(stage: nn.Module, args: Any, maps: list[Tensor]) -> None:
+    # on the stage, not in a closure: copies of the backbone, such as averaged weights, then have their own
+    stage.overview_map = maps[2]  # of the stage's map, the context and the Overview-Net's map
+
+
 @MODELS.register_module()
 class VisionAttn(BaseModule):
     """Maps of any backbone of timm or this package, for the necks and heads of mmseg and mmdet.
@@ -166,20 +171,16 @@ class VisionAttn(BaseModule):
     def _overview(self, name: str) -> Overview:
         if family(name) != "visionattn.models.overlock" or 3 not in self.arguments["out_indices"]:
             raise ValueError(f"overview=True is for OverLoCK with its last map (index 3), got {name}")
-        self._context: Tensor | None = None
-
-        def keep(module: nn.Module, args: Any, maps: list[Tensor]) -> None:
-            self._context = maps[2]  # of the stage's map, the context and the Overview-Net's map
-
-        self.body.model.stages[2].register_forward_hook(keep)
+        self.body.model.stages[2].register_forward_hook(_keep_overview)
         return Overview(self.body.model.overview_dim, self.channels[-1], PUBLISHED_NORMS[family(name)].eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images ``[B, in_chans, H, W]`` to a tuple of maps ``[B, C_i, H_i, W_i]``."""
         maps = [norm(out) for norm, out in zip(self.norms, self.body(x), strict=True)]
         if self.overview is not None:
-            maps[-1] = maps[-1] + self.overview(self._context)
-            self._context = None
+            stage = self.body.model.stages[2]
+            maps[-1] = maps[-1] + self.overview(stage.overview_map)
+            del stage.overview_map
         return tuple(maps)
 
     # parts that are not trained

@@ -8,6 +8,7 @@ hold data. One name needs care: pickles of a log history look up its methods wit
 answered by a function that knows these four methods and nothing else.
 """
 
+import codecs
 import hashlib
 import os
 import pickle
@@ -43,7 +44,6 @@ def harmless() -> list[Any]:
     reconstruct, scalar = np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     numbers = {type(np.dtype(kind)) for kind in "?bhilqBHILQefd"} | {type(np.dtype(str))}
     old_names = [(function, f"numpy.core.multiarray.{function.__name__}") for function in (reconstruct, scalar)]
-    codecs_encode = __import__("_codecs").encode  # bytes of arrays in pickles of protocol 2
     return [
         HistoryBuffer,
         ConfigDict,
@@ -51,7 +51,7 @@ def harmless() -> list[Any]:
         np.dtype,
         reconstruct,
         scalar,
-        codecs_encode,
+        codecs.encode,  # bytes of arrays in pickles of protocol 2
         *numbers,
         *old_names,
         (history_method, "builtins.getattr"),

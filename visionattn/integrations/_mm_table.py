@@ -23,8 +23,8 @@ def build_on_meta(config: Config) -> nn.Module:
 
 
 def image_size(config: Config) -> tuple[int, int]:
-    """Rows and columns for which the papers count: 800 x 1280 of COCO; of ADE20K one crop for Semantic FPN, whose
-    detectors' rows are as wide as four for UPerNet.
+    """Rows and columns for which the papers count: 800 and 1280 for COCO, for ADE20K a crop with Semantic FPN and four
+    side by side with UPerNet.
     """
     if config.default_scope == "mmdet":
         return 800, 1280
