@@ -1,0 +1,4 @@
+_base_ = "./cascade_mask_rcnn_dinat_mini_3x_coco.py"
+model = dict(
+    backbone=dict(model_name="dinat_t", drop_path_rate=0.3),
+)

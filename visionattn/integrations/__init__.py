@@ -1,0 +1,1 @@
+"""Adapters that make the backbones usable in other frameworks."""
