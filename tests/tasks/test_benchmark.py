@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_close
+from torch import nn
 
 from visionattn.cli import main
+from visionattn.layers.routing_attention import RoutingAttention
 from visionattn.tasks import benchmark_models
+from visionattn.tasks.benchmark_dense import gathered
 from visionattn.tasks.benchmark_models import COLUMNS, Settings
 from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
 from visionattn.tasks.timing import times_in_turn
@@ -74,7 +78,7 @@ def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog):
 
 
 def test_networks_with_heads_are_timed(tmp_path):
-    heads = "herseg", "fsgnet", "unet", "sentence_attention", "oat"
+    heads = "herseg", "fsgnet", "unet", "sentence_attention", "oat", "mask_rcnn"
     path, names = tmp_path / "heads.csv", [f"{head}/test_nat" for head in heads]
     modes = "--modes", "inference,training", "--rounds", "1", "--batch-size", "2", "--output", str(path)
     benchmark(*names, *modes, "--input-size", "64")
@@ -85,6 +89,21 @@ def test_networks_with_heads_are_timed(tmp_path):
         benchmark("unet/test_nat", "--modes", "features")
     with pytest.raises(SystemExit, match="unknown backbone 'test_gnat'"):
         benchmark("unet/test_gnat")
+    with pytest.raises(SystemExit, match="published form of BiFormer's attention, which this network does not have"):
+        benchmark("unet/test_nat:gather")
+
+
+@pytest.mark.parametrize("size", [(14, 14), (13, 18)])
+def test_the_gathered_form_equals_the_operator(size):
+    layer = RoutingAttention(32, 4, num_regions=4, topk=3).double()
+    x = torch.randn(2, *size, 32, dtype=torch.float64, requires_grad=True)
+    (gathering,) = gathered(nn.Sequential(layer))
+    results = []
+    for form in (layer, gathering):
+        out = form(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    for expected, actual in zip(*results, strict=True):
+        assert_close("output or gradient", expected, actual, 1e-12)
 
 
 def test_a_training_step_changes_the_weights():

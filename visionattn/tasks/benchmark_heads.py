@@ -1,10 +1,12 @@
-"""Networks with heads among the models to time: for masks, answer grounding and scanpaths."""
+"""Networks with heads among the models to time: for masks, boxes, answer grounding and scanpaths."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from visionattn.tasks.benchmark_dense import GATHERED, PUBLISHED_SIZE, Boxed, dense_arguments, gathered
 
 PUBLISHED = dict(herseg=1024, fsgnet=608)
 """Names of the heads with an own decoder, and the published side of their images in pixels."""
@@ -77,15 +79,16 @@ def head_network(text: str, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[in
 
     Args:
         text: ``herseg``, ``fsgnet``, either with ``/BACKBONE`` in place of its own encoder, ``DECODER/BACKBONE``
-            with a decoder of segmentation_models_pytorch, or ``sentence_attention`` or ``oat``, alone (as published)
-            or with ``/BACKBONE``.
+            with a decoder of segmentation_models_pytorch, ``DETECTOR/BACKBONE`` with one of torchvision, or
+            ``sentence_attention`` or ``oat``, alone (as published) or with ``/BACKBONE``. ``:gather`` behind a
+            BiFormer of a decoder or detector: with the attention of the published code.
         kwargs: Further arguments of the network.
 
     Returns:
         None if ``text`` names none.
 
     Raises:
-        ValueError: An unknown backbone.
+        ValueError: An unknown backbone, or ``:gather`` for another one.
     """
     head, _, backbone = text.partition("/")
     if head in ("sentence_attention", "oat"):
@@ -101,9 +104,23 @@ def head_network(text: str, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[in
         return network, (PUBLISHED[head], PUBLISHED[head])
     if not backbone:
         return None
+    from visionattn.heads.detection import DETECTORS
     from visionattn.heads.segmenter import DECODERS, Segmenter
 
-    return (Segmenter(backbone, head, **kwargs), (_SIDE, _SIDE)) if head in DECODERS else None
+    name = backbone.removesuffix(GATHERED)
+    size = PUBLISHED_SIZE if head in DETECTORS else (_SIDE, _SIDE)
+    if head not in (*DECODERS, *DETECTORS):
+        return None
+    kwargs = dense_arguments(head, name, size, kwargs)
+    network: nn.Module = Segmenter(name, head, **kwargs) if head in DECODERS else Boxed(name, head, **kwargs)
+    return (gathered(network) if name != backbone else network), size
+
+
+def is_detector(text: str) -> bool:
+    """Whether ``text``, as of ``head_network``, names a detector."""
+    from visionattn.heads.detection import DETECTORS
+
+    return text.partition("/")[0] in DETECTORS
 
 
 def head_loss(text: str, mask: Tensor) -> Callable[[Any], Tensor]:
@@ -117,8 +134,8 @@ def head_loss(text: str, mask: Tensor) -> Callable[[Any], Tensor]:
     from visionattn.heads.losses import DiceFocalLoss
 
     head = text.partition("/")[0]
-    if head == "oat":
-        return lambda output: output
+    if head == "oat" or is_detector(text):
+        return lambda output: output  # these give their loss
     if head != "herseg":
         return lambda output: multiscale_dice_bce(output, mask)
     focal = DiceFocalLoss()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
-from visionattn.tasks.benchmark_heads import head_loss, head_network
+from visionattn.tasks.benchmark_heads import head_loss, head_network, is_detector
 from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
 from visionattn.tasks.timing import capture, times_in_turn
 
@@ -276,7 +276,8 @@ def benchmark_models(names: list[str], settings: Settings, path: Path | None = N
     Raises:
         ValueError: An unknown model, one that does not take the arguments or sizes, or a file with other columns.
     """
-    torch.backends.cudnn.benchmark = True  # the sizes never change
+    # convolutions are chosen by trying where sizes never change; a detector's objects are as many as it finds
+    torch.backends.cudnn.benchmark = not any(is_detector(name) for name in names)
     file, where, rows = CsvFile(path, (*COLUMNS, *ORIGIN)), origin(settings.device), []
     for mode in settings.modes:
         for row in _rows(names, mode, settings):
