@@ -62,7 +62,7 @@ class DetectionTransform:
 
     def __call__(self, scene: Scene) -> Batch:
         """``image [C, H, W]`` in [0, 1], ``target`` for the detector and, untransformed, ``truth`` for the evaluation."""
-        image: Any = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(scene.image)).permute(2, 0, 1))
+        image: Any = tv_tensors.Image(torch.from_numpy(np.array(scene.image)).permute(2, 0, 1))
         height, width = scene.image.shape[:2]
         kept = np.flatnonzero(~scene.crowd)
         # unclamped, so that it can be seen how much of a box a crop left

@@ -80,10 +80,9 @@ def _places(region: list[int], tile: int, split: str) -> list[tuple[int, int, in
     """Left, top, width and height of the tiles of a region."""
     left, top, right, bottom = region
     columns, rows = tiles(left, right, tile), tiles(top, bottom, tile)
-    found = [(x, y, w, h) for y, h in rows for x, w in columns]
-    if split == "train":  # once more, moved by half a tile
-        found += [(x + w // 2, y + h // 2, w, h) for y, h in rows[:-1] for x, w in columns[:-1]]
-    return found
+    if split == "train":
+        columns, rows = (pieces + [(a + n // 2, n) for a, n in pieces[:-1]] for pieces in (columns, rows))
+    return [(x, y, w, h) for y, h in rows for x, w in columns]
 
 
 def _data_folder(wheel: str | Path | None) -> Any:
