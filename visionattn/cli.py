@@ -193,7 +193,8 @@ def _add_training(commands: Any) -> None:
     actions = command.add_subparsers(required=True)
     command = actions.add_parser("prepare", help="unpack and check a published set, write images and masks as PNG")
     command.add_argument(
-        "name", help="a set of masks, questions or objects, for example drive, vizwiz or coco; the documentation lists them"
+        "name",
+        help="a set of masks, questions or objects, for example drive, vizwiz or coco; the documentation lists them",
     )
     command.add_argument("archives", nargs="+", metavar="ARCHIVE", help="files as downloaded, or folders of them")
     command.add_argument("--output", required=True, help="folder to write, which must not exist")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,4 +77,4 @@ def tiles(first: int, last: int, side: int) -> list[tuple[int, int]]:
     """Cut ``first`` to ``last`` into the fewest nearly equal pieces of at most ``side`` pixels: start and length."""
     count = -(-(last - first) // side)
     edges: Sequence[int] = [first + round(i * (last - first) / count) for i in range(count + 1)]
-    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b - a) for a, b in pairwise(edges)]

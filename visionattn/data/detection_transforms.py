@@ -28,7 +28,7 @@ class DetectionTransform:
         hflip: Probability of a reflection left to right.
         vflip: Probability of a reflection top to bottom.
         turn: Probability of a quarter turn; with both reflections at 0.5, 0.5 gives all eight positions alike.
-        color: Strength of random brightness, contrast and saturation, and, a tenth of it, of hue.
+        color: Strength of random brightness, contrast and saturation.
         min_visible: Share of a box that must be left inside a crop; objects with less are left out.
         masks: Whether objects have masks.
         train: Augment; otherwise all of these but ``masks`` are without effect.
@@ -57,11 +57,11 @@ class DetectionTransform:
         self.crop, self.scale, self.min_visible = crop, tuple(scale), min_visible
         self.turn, self.masks, self.train = turn, masks, train
         steps: list[Any] = [v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip)]
-        steps += [v2.ColorJitter(color, color, color, color / 10)] if color else []
+        steps += [v2.ColorJitter(color, color, color)] if color else []
         self.steps = v2.Compose(steps)
 
     def __call__(self, scene: Scene) -> Batch:
-        """``image [C, H, W]`` in [0, 1], ``target`` for the detector and, untransformed, ``truth`` for the evaluation."""
+        """``image [C, H, W]`` in [0, 1], ``target`` for the detector and, to evaluate, the untransformed ``truth``."""
         image: Any = tv_tensors.Image(torch.from_numpy(np.array(scene.image)).permute(2, 0, 1))
         height, width = scene.image.shape[:2]
         kept = np.flatnonzero(~scene.crowd)

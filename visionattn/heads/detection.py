@@ -113,7 +113,7 @@ class FeaturePyramid(nn.Module):
 
 def _levels(backbone: str, found: list[int], strides: Sequence[int] | None) -> list[int]:
     """The strides to take of those that a backbone has."""
-    chosen = [s for s in (4, 8, 16, 32) if s in found] if strides is None else list(strides)
+    chosen: list[int] = [s for s in (4, 8, 16, 32) if s in found] if strides is None else list(strides)
     if len(set(found)) < len(found) or len(chosen) < 2:
         raise ValueError(
             f"backbone {backbone!r} gives maps at the strides {found}; a feature pyramid needs two or more different "
@@ -223,7 +223,9 @@ class Detector(nn.Module):
         try:
             self.net = kind(pyramid, num_classes + 1, **sizes, **statistics, **parts, **(detector_kwargs or {}))
         except TypeError as error:
-            raise ValueError(f"detector {detector!r} does not take detector_kwargs={detector_kwargs}: {error}") from error
+            raise ValueError(
+                f"detector {detector!r} does not take detector_kwargs={detector_kwargs}: {error}"
+            ) from error
         if min_size is None:
             self.net.transform = _AsItIs(1, max_size, **statistics)
 
@@ -248,7 +250,9 @@ def _default_strides(backbone: str, dense: bool, in_chans: int, arguments: dict[
         return None
     with torch.device("meta"):
         try:
-            found = create_backbone(backbone, features_only=True, in_chans=in_chans, **arguments).feature_info.reduction()
+            found = create_backbone(
+                backbone, features_only=True, in_chans=in_chans, **arguments
+            ).feature_info.reduction()
         except (AttributeError, RuntimeError, TypeError, AssertionError):
             return None  # the pyramid says what is wrong
     return [stride for stride in (8, 16, 32) if stride in found] if len(set(found)) == len(found) else None
@@ -277,7 +281,9 @@ def _parts(
             part.conv = part.conv[:convs]
         return dict(anchor_generator=anchors, head=head)
     sampled = dict(featmap_names=pyramid.names, sampling_ratio=2)
-    parts: dict[str, Any] = dict(rpn_anchor_generator=anchors, box_roi_pool=MultiScaleRoIAlign(output_size=7, **sampled))
+    parts: dict[str, Any] = dict(
+        rpn_anchor_generator=anchors, box_roi_pool=MultiScaleRoIAlign(output_size=7, **sampled)
+    )
     if detector == "mask_rcnn":
         parts["mask_roi_pool"] = MultiScaleRoIAlign(output_size=14, **sampled)
     return parts

@@ -59,7 +59,9 @@ def table(result: dict[str, Any]) -> str:
     kinds = dict(bbox="boxes", segm="masks")
     rows = [[kinds[kind], *map(_number, (found[name] for name in NAMES))] for kind, found in result["scores"].items()]
     if "baseline" in result:
-        rows.append([f"grid of {result['baseline']['boxes']} median boxes", *(_number(result["baseline"][n]) for n in NAMES)])
+        rows.append(
+            [f"grid of {result['baseline']['boxes']} median boxes", *(_number(result["baseline"][n]) for n in NAMES)]
+        )
     text = markdown(["", *_HEADER], rows)
     classes = result["scores"]["bbox"]["classes"]
     if len(classes) > 1:
@@ -74,7 +76,10 @@ def _number(value: float | None) -> str:
 
 
 def write_report(
-    folder: Path, result: dict[str, Any], shown: list[tuple[str, np.ndarray, dict[str, Any], dict[str, Any]]], logs: Path
+    folder: Path,
+    result: dict[str, Any],
+    shown: list[tuple[str, np.ndarray, dict[str, Any], dict[str, Any]]],
+    logs: Path,
 ) -> None:
     """Write ``per_class.csv``, ``report.md``, ``pictures.png`` and ``learning.png``.
 
