@@ -241,7 +241,7 @@ def _add_using(commands: Any) -> None:
     command.add_argument(
         "--output",
         default="prediction.png",
-        help="picture to write (default prediction.png); of a segmentation or detection the folder of the results (predictions)",
+        help="picture to write (default prediction.png); of masks or boxes their folder (predictions)",
     )
     command.set_defaults(run=predict_command)
     command = commands.add_parser("convert", help="turn an official checkpoint into safetensors, with its digests")

@@ -163,7 +163,7 @@ def check_objects(content: dict[str, Any], path: Path, masks: bool, drop: bool) 
         Lists of objects, and how many were left out.
 
     Raises:
-        ValueError: An object of an unknown image or category, without a mask, or, unless ``drop``, with an unusable box.
+        ValueError: An object of an unknown image or category, without a mask, or an unusable box (unless ``drop``).
     """
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in content["images"]}
     known = {category["id"]: category["name"] for category in content["categories"]}

@@ -92,8 +92,8 @@ def _present(content: dict[str, Any], images: Path, split: str, complete: bool) 
     numbers = len(content["images"]), len(content["categories"])
     if complete and (lacking or numbers != (COUNTS[split], CATEGORIES)):
         raise ValueError(
-            f"coco, {split}: the list has {numbers[0]} images and {numbers[1]} categories, expected {COUNTS[split]} and "
-            f"{CATEGORIES}; {len(lacking)} of its images are missing {lacking[:3]}; give all archives, or go on with "
+            f"coco, {split}: the list has {numbers[0]} images and {numbers[1]} categories, expected {COUNTS[split]} "
+            f"and {CATEGORIES}; {len(lacking)} of its images are missing {lacking[:3]}; give all archives, or go on with "
             "what there is by --partial (complete=False)"
         )
     if not kept:
