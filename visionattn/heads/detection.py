@@ -6,6 +6,7 @@ R-CNN: https://arxiv.org/abs/1703.06870; the feature pyramid: https://arxiv.org/
 ``torchvision.models.detection``; this file only gives them backbones and anchors.
 """
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ _COARSER = (None, "pool", "p6p7")
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)  # two channels or more a group
 
 
 class FeaturePyramid(nn.Module):
@@ -220,12 +221,11 @@ class Detector(nn.Module):
         statistics = dict(image_mean=pyramid.mean, image_std=pyramid.std)
         sizes = dict(min_size=min_size or 1, max_size=max_size)
         kind = dict(retinanet=RetinaNet, fcos=FCOS, faster_rcnn=FasterRCNN, mask_rcnn=MaskRCNN)[detector]
-        try:
-            self.net = kind(pyramid, num_classes + 1, **sizes, **statistics, **parts, **(detector_kwargs or {}))
-        except TypeError as error:
-            raise ValueError(
-                f"detector {detector!r} does not take detector_kwargs={detector_kwargs}: {error}"
-            ) from error
+        given = dict(detector_kwargs or {})
+        # torchvision hands unknown arguments on to a class that ignores them
+        if unknown := [key for key in given if key not in inspect.signature(kind).parameters]:
+            raise ValueError(f"detector_kwargs: {kind.__name__} has no argument {', '.join(unknown)}")
+        self.net = kind(pyramid, num_classes + 1, **sizes, **statistics, **parts, **given)
         if min_size is None:
             self.net.transform = _AsItIs(1, max_size, **statistics)
 
