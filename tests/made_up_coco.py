@@ -7,6 +7,10 @@ import zipfile
 import numpy as np
 from PIL import Image
 
+from visionattn.data.trees import PICTURES
+
+CROWNS = [(1, 1, 40, 30), (360, 300, 400, 340), (740, 500, 760, 520)]
+"""Left, top, right and bottom of the made-up trees, pixels counted from 1 at the left and top."""
 CATEGORIES = [dict(id=3, name="bar"), dict(id=7, name="block")]
 
 
@@ -80,3 +84,17 @@ def archives(target):
         for name, body in lists.items():
             archive.writestr(name, body)
     return paths
+
+
+def tree_wheel(target):
+    """The file of the package deepforest with plain pictures of the true sizes and few trees."""
+    box = "<object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+    path = target / "deepforest-2.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, size in zip(PICTURES, ((2299, 2472), (1249, 1035)), strict=True):
+            picture = io.BytesIO()
+            Image.new("RGB", size, (90, 120, 80)).save(picture, "PNG", compress_level=1)
+            archive.writestr(f"deepforest/data/{name}.png", picture.getvalue())
+            body = "".join(box.format(*corners) for corners in CROWNS)
+            archive.writestr(f"deepforest/data/{name}.xml", f"<annotation>{body}</annotation>")
+    return path

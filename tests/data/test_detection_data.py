@@ -128,20 +128,8 @@ def test_coco_is_checked_against_its_published_numbers(tmp_path):
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     """A made-up package with few trees in pictures of the true sizes."""
-    from PIL import Image
-
-    sizes = dict(zip(trees.PICTURES, ((2299, 2472), (1249, 1035)), strict=True))
-    box = "<object><name>Tree</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
-    corners = [(1, 1, 40, 30), (360, 300, 400, 340), (740, 500, 760, 520)]
-    path = tmp_path / "deepforest-2.1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, size in sizes.items():
-            Image.new("RGB", size, (90, 120, 80)).save(tmp_path / "x.png", compress_level=1)
-            archive.write(tmp_path / "x.png", f"deepforest/data/{name}.png")
-            body = "".join(box.format(*c) for c in corners)
-            archive.writestr(f"deepforest/data/{name}.xml", f"<annotation>{body}</annotation>")
-    monkeypatch.setattr(trees, "PICTURES", dict.fromkeys(sizes, len(corners)))
-    return path
+    monkeypatch.setattr(trees, "PICTURES", dict.fromkeys(trees.PICTURES, len(made_up_coco.CROWNS)))
+    return made_up_coco.tree_wheel(tmp_path)
 
 
 def test_splits_of_trees_share_no_pixel_and_cut_crowns_are_no_errors(wheel):

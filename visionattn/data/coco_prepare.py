@@ -93,8 +93,8 @@ def _present(content: dict[str, Any], images: Path, split: str, complete: bool) 
     if complete and (lacking or numbers != (COUNTS[split], CATEGORIES)):
         raise ValueError(
             f"coco, {split}: the list has {numbers[0]} images and {numbers[1]} categories, expected {COUNTS[split]} "
-            f"and {CATEGORIES}; {len(lacking)} of its images are missing {lacking[:3]}; give all archives, or go on with "
-            "what there is by --partial (complete=False)"
+            f"and {CATEGORIES}; {len(lacking)} of its images are missing {lacking[:3]}; give all archives, or go on "
+            "with what there is by --partial (complete=False)"
         )
     if not kept:
         raise FileNotFoundError(f"coco, {split}: none of the {numbers[0]} listed images is in {images}")

@@ -38,7 +38,7 @@ class FeaturePyramid(nn.Module):
 
     Args:
         backbone: A name in timm; the model must give maps at several strides (``features_only``).
-        strides: Of the maps taken, in pixels; None takes those of 4, 8, 16 and 32 that there are.
+        strides: Of the maps taken, in pixels; None takes those of 4, 8, 16 and 32, from ``finest`` on, that there are.
         channels: Of every map of the pyramid.
         coarser: Levels made from the coarsest: ``"p6p7"`` (two, by convolutions of stride 2), ``"pool"`` (one) or None.
         norm: None, or ``"group"`` for group normalization behind every convolution of the pyramid, which training from
@@ -47,6 +47,7 @@ class FeaturePyramid(nn.Module):
             device.
         in_chans: Channels of the image.
         pretrained: Load the backbone's published weights.
+        finest: Least of the strides that None takes.
         **backbone_kwargs: Arguments of the backbone, for example ``drop_path_rate=0.2``.
 
     Shape:
@@ -68,6 +69,7 @@ class FeaturePyramid(nn.Module):
         norm_eval: bool = False,
         in_chans: int = 3,
         pretrained: bool = False,
+        finest: int = 4,
         **backbone_kwargs: Any,
     ):
         super().__init__()
@@ -78,7 +80,7 @@ class FeaturePyramid(nn.Module):
             found = create_backbone(backbone, **arguments).feature_info.reduction()
         except (AttributeError, RuntimeError, TypeError, AssertionError) as error:
             raise ValueError(f"backbone {backbone!r} gives no feature maps with {arguments}: {error}") from error
-        chosen = _levels(backbone, found, strides)
+        chosen = _levels(backbone, found, strides, finest)
         indices = [found.index(stride) for stride in chosen]
         self.body = create_backbone(backbone, out_indices=indices, pretrained=pretrained, **arguments)
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
@@ -112,9 +114,9 @@ class FeaturePyramid(nn.Module):
         return self
 
 
-def _levels(backbone: str, found: list[int], strides: Sequence[int] | None) -> list[int]:
+def _levels(backbone: str, found: list[int], strides: Sequence[int] | None, finest: int) -> list[int]:
     """The strides to take of those that a backbone has."""
-    chosen: list[int] = [s for s in (4, 8, 16, 32) if s in found] if strides is None else list(strides)
+    chosen: list[int] = [s for s in (4, 8, 16, 32) if s in found and s >= finest] if strides is None else list(strides)
     if len(set(found)) < len(found) or len(chosen) < 2:
         raise ValueError(
             f"backbone {backbone!r} gives maps at the strides {found}; a feature pyramid needs two or more different "
@@ -207,13 +209,14 @@ class Detector(nn.Module):
         dense = detector in _DENSE
         pyramid = FeaturePyramid(
             backbone,
-            strides or _default_strides(backbone, dense, in_chans, backbone_kwargs or {}),
+            strides,
             channels,
             ("p6p7" if dense else "pool") if coarser == "auto" else coarser,
             norm,
             norm_eval,
             in_chans,
             pretrained,
+            8 if dense else 4,
             **(backbone_kwargs or {}),
         )
         anchors = _anchors(detector, pyramid.strides, anchor_scale, anchor_octaves, tuple(aspect_ratios))
@@ -242,20 +245,6 @@ class Detector(nn.Module):
         model, inner = (body.model, "model.") if hasattr(body, "model") else (body, "")
         names = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
         return {f"net.backbone.body.{inner}{name}" for name in names}
-
-
-def _default_strides(backbone: str, dense: bool, in_chans: int, arguments: dict[str, Any]) -> list[int] | None:
-    """Dense detectors leave the finest map of four out; None for the pyramid's own choice."""
-    if not dense:
-        return None
-    with torch.device("meta"):
-        try:
-            found = create_backbone(
-                backbone, features_only=True, in_chans=in_chans, **arguments
-            ).feature_info.reduction()
-        except (AttributeError, RuntimeError, TypeError, AssertionError):
-            return None  # the pyramid says what is wrong
-    return [stride for stride in (8, 16, 32) if stride in found] if len(set(found)) == len(found) else None
 
 
 def _anchors(
