@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_bit_equal_and_learns(tmp_path):
 @pytest.mark.slow
 def test_the_trees_train_and_are_evaluated(tmp_path, capsys, tree_package):
     few = ["data.workers=0", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2"]
-    few += ["trainer.check_val_every_n_epoch=1", "task.warmup_epochs=0", f"data.wheel={tree_package}"]
+    few += ["task.warmup_epochs=0", f"data.wheel={tree_package}"]
     main(["train", "experiment=embedded/trees", f"output_dir={tmp_path}", *few])
     main(["eval", str(tmp_path / "trees"), "data.val_split=test", "baseline=true"])
     assert "median boxes" in capsys.readouterr().out
