@@ -81,7 +81,7 @@ def test_archives_of_coco_become_a_trained_network_and_its_masks(tmp_path, capsy
     main(["train", "experiment=detection/coco_mask_rcnn", *where, *quick, *few])
     main(["eval", str(run), "baseline=true"])
     result = json.loads((run / "eval" / "val" / "metrics.json").read_text())
-    assert set(result["scores"]) == {"bbox", "segm"} and result["images"] == 2 and result["objects"] == 4
+    assert set(result["scores"]) == {"bbox", "segm"} and result["images"] == 3 and result["objects"] == 4
     assert 0 <= result["baseline"]["ap50"] <= 1
     rows = json.loads((run / "eval" / "val" / "detections.json").read_text())
     assert {row["category_id"] for row in rows} <= {3, 7} and all("segmentation" in row for row in rows)

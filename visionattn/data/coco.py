@@ -40,7 +40,7 @@ class CocoFolder:
         masks: Objects must have masks.
         bad_boxes: ``"raise"``, or ``"drop"`` to leave out objects whose box has no area or lies outside the image, as
             the usual loaders do: COCO itself has some.
-        keep_empty: Keep images without objects.
+        keep_empty: Keep images without objects; COCO's scores count them.
 
     Raises:
         FileNotFoundError: The root, the list or images are missing.
