@@ -193,7 +193,8 @@ def _add_training(commands: Any) -> None:
     actions = command.add_subparsers(required=True)
     command = actions.add_parser("prepare", help="unpack and check a published set, write images and masks as PNG")
     command.add_argument(
-        "name", help="a set of masks or of questions, for example drive or vizwiz; the documentation lists them"
+        "name",
+        help="a set of masks, questions or objects, for example drive, vizwiz or coco; the documentation lists them",
     )
     command.add_argument("archives", nargs="+", metavar="ARCHIVE", help="files as downloaded, or folders of them")
     command.add_argument("--output", required=True, help="folder to write, which must not exist")
@@ -225,13 +226,13 @@ def _add_using(commands: Any) -> None:
     )
     command.add_argument("--output", help="JSON file to write (default for a run: RUN/eval.json)")
     command.set_defaults(run=eval_command)
-    command = commands.add_parser("predict", help="classify pictures, or write masks")
+    command = commands.add_parser("predict", help="classify pictures, or write masks or boxes")
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("--run", dest="run_folder", help="folder of a run, or a .ckpt file")
     command.add_argument("--model", help="a registered model with pretrained weights")
     command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
-    tasks = ("classification", "segmentation", "grounding", "scanpath")
+    tasks = ("classification", "segmentation", "detection", "grounding", "scanpath")
     command.add_argument("--task", choices=tasks, help="by default the run's")
     command.add_argument("--question", help="of a grounding run: what its mask is to answer")
     command.add_argument("--boxes", help="of a scanpath: JSON file with the boxes and the target of an image")
@@ -240,7 +241,7 @@ def _add_using(commands: Any) -> None:
     command.add_argument(
         "--output",
         default="prediction.png",
-        help="picture to write (default prediction.png); of a segmentation the folder of the masks (predictions)",
+        help="picture to write (default prediction.png); of masks or boxes their folder (predictions)",
     )
     command.set_defaults(run=predict_command)
     command = commands.add_parser("convert", help="turn an official checkpoint into safetensors, with its digests")

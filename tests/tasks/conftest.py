@@ -1,8 +1,12 @@
 """The operators' benchmark without a GPU."""
 
+from importlib.util import find_spec
+
+import made_up_coco
 import pytest
 import torch
 
+from visionattn.data import trees
 from visionattn.tasks import benchmark_ops
 from visionattn.tasks.operator_forms import FLEX
 from visionattn.tasks.records import ORIGIN
@@ -43,3 +47,12 @@ def clocks(on_the_cpu, monkeypatch):
     monkeypatch.setattr(benchmark_ops, "extra_mib", lambda call, results: 3.2)
     monkeypatch.setattr(benchmark_ops, "graph_ms", graph)
     monkeypatch.setattr(benchmark_ops, "origin", lambda device: dict.fromkeys(ORIGIN, "x") | dict(device="NVIDIA H100"))
+
+
+@pytest.fixture
+def tree_package(tmp_path, monkeypatch):
+    """What data.wheel is: null for the installed package with its real pictures, else a made-up one of its layout."""
+    if find_spec("deepforest") is not None:
+        return "null"
+    monkeypatch.setattr(trees, "PICTURES", dict.fromkeys(trees.PICTURES, len(made_up_coco.CROWNS)))
+    return made_up_coco.tree_wheel(tmp_path)

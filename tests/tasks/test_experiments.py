@@ -12,9 +12,12 @@ from torch import nn
 
 import visionattn
 from visionattn.cli import main
+from visionattn.data.detection_transforms import DetectionTransform
 from visionattn.data.grounding_pipeline import GroundingTransform
 from visionattn.tasks.classification import Classification, scale_learning_rates
 from visionattn.tasks.config import compose, config_folder
+from visionattn.tasks.detection import Detection
+from visionattn.tasks.detection_data import make_detector
 from visionattn.tasks.grounding import Grounding
 from visionattn.tasks.grounding_data import make_grounder
 from visionattn.tasks.segmentation import Segmentation
@@ -30,6 +33,19 @@ HEADS = {path.stem for path in (config_folder() / "model").glob("*.yaml") if "vi
 CLASSES = [name for name in EXPERIMENTS if "override /task:" not in (FOLDER / f"{name}.yaml").read_text()]
 MASKS = [name for name in EXPERIMENTS if "override /task: segmentation" in (FOLDER / f"{name}.yaml").read_text()]
 QUESTIONS = [name for name in EXPERIMENTS if "override /task: grounding" in (FOLDER / f"{name}.yaml").read_text()]
+
+OBJECTS = [name for name in EXPERIMENTS if "override /task: detection" in (FOLDER / f"{name}.yaml").read_text()]
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_detection_experiment_can_be_made(name):
+    config = compose([f"experiment={name}", *([] if name.startswith("embedded/") else ["data.root=somewhere"])])
+    arguments = OmegaConf.to_container(config.model, resolve=True)
+    model = make_detector({**arguments, "pretrained": False}, ["x"], config.data.in_chans)
+    settings = OmegaConf.to_container(config.task, resolve=True)
+    settings = {k: v for k, v in settings.items() if k not in ("_target_", "lr_batch")}
+    assert Detection(model, num_classes=1, seed=0, hparams={}, **settings).masks == config.data.get("masks", False)
+    DetectionTransform(**OmegaConf.to_container(config.data.transform, resolve=True))
 
 
 @pytest.mark.parametrize("name", MASKS)

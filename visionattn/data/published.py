@@ -12,6 +12,7 @@ SETS: dict[str, str] = dict.fromkeys(LAYOUTS, "visionattn.data.prepare:prepare")
 SETS |= dict.fromkeys(GROUNDING, "visionattn.data.grounding_prepare:prepare")
 """Name of a set to ``module:function`` with the arguments of ``visionattn.data.prepare.prepare``, whose result has
 ``splits`` (names of each split)."""
+SETS["coco"] = "visionattn.data.coco_prepare:prepare"
 SETS |= dict.fromkeys(("amazon", "shelves", "cocosearch18", "mit1003"), "visionattn.data.scanpath_sets:prepare")
 
 

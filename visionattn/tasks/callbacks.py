@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-_SCORES = ("val/sequence_score", "val/delta", "val/exact")
+_SCORES = ("val/ap", "val/ap50", "val/mask_ap", "val/sequence_score", "val/delta", "val/exact")
 _BATCH_LINE_SECONDS = 60  # long epochs report that often
 
 

@@ -49,6 +49,14 @@ KINDS = {
         packages=("multimatch_gaze", "rapidfuzz"),
         extra="gaze",
     ),
+    "detection": Kind(
+        prepare="visionattn.tasks.detection_data:prepare_objects",
+        evaluate="visionattn.tasks.detection_inference:evaluate_objects",
+        table="visionattn.tasks.detection_report:table",
+        predict="visionattn.tasks.detection_inference:predict_command",
+        packages=("pycocotools",),
+        extra="det",
+    ),
     "hull": Kind(
         prepare="visionattn.tasks.hull:prepare_hulls",
         evaluate="visionattn.tasks.hull_inference:evaluate_hulls",

@@ -1,6 +1,7 @@
 """What every training shares: optimizer, learning rate by epoch or step, averaged weights."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -10,7 +11,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-SCHEDULES = ("cosine", "cosine_cycles", "exponential")
+SCHEDULES = ("cosine", "cosine_cycles", "exponential", "steps")
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -31,7 +32,13 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
 
 
 def learning_rate_factor(
-    schedule: str, progress: float, epochs: int, warmup_epochs: float, cycles: float, decay: float
+    schedule: str,
+    progress: float,
+    epochs: int,
+    warmup_epochs: float,
+    cycles: float,
+    decay: float,
+    milestones: Sequence[int] = (),
 ) -> float:
     """Factor on the learning rate of the schedules that timm does not have.
 
@@ -39,19 +46,23 @@ def learning_rate_factor(
 
         cosine_cycles: ``(1 + cos(2 pi cycles t)) / 2`` (FSG-Net)
         exponential: ``decay ** epoch``, constant within an epoch (HER-Seg)
+        steps: ``decay`` for each milestone that is passed (detection: 8 and 11 of 12 epochs)
 
     Args:
-        schedule: ``"cosine_cycles"`` or ``"exponential"``.
+        schedule: ``"cosine_cycles"``, ``"exponential"`` or ``"steps"``.
         progress: Epochs done, with the fraction of the one in progress.
         epochs: Length of the training.
         warmup_epochs: Length of the warm-up.
         cycles: Full cosines.
-        decay: Factor per epoch.
+        decay: Factor per epoch or milestone.
+        milestones: Epochs, counted from the start of the training.
     """
     if progress < warmup_epochs:
         return progress / warmup_epochs
     if schedule == "exponential":
         return decay ** math.floor(progress - warmup_epochs)
+    if schedule == "steps":
+        return decay ** sum(progress >= milestone for milestone in milestones)
     t = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1)
     return (1 + math.cos(2 * math.pi * cycles * t)) / 2
 
@@ -71,9 +82,11 @@ class Training(lightning.LightningModule):
         min_lr: Learning rate at the end (timm's cosine only).
         ema_decay: Decay of an exponential moving average of the weights.
         ema_eval: Validate the averaged weights (and so choose the best checkpoint by them).
-        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"`` or ``"exponential"`` (at every step).
+        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"``, ``"exponential"`` or ``"steps"`` (at
+            every step).
         cycles: Full cosines of ``"cosine_cycles"``.
-        decay: Factor per epoch of ``"exponential"``.
+        decay: Factor per epoch of ``"exponential"``, per milestone of ``"steps"``.
+        milestones: Epochs of ``"steps"`` after which the learning rate falls.
         channels_last: Keep kernels and images in memory with the channels last, which convolutions prefer on CPUs and
             in half precision on GPUs.
 
@@ -101,6 +114,7 @@ class Training(lightning.LightningModule):
         cycles: float = 1.0,
         decay: float = 1.0,
         channels_last: bool = False,
+        milestones: Sequence[int] = (),
     ):
         super().__init__()
         if schedule not in SCHEDULES:
@@ -114,6 +128,7 @@ class Training(lightning.LightningModule):
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
         self.optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
         self.schedule_name, self.cycles, self.decay = schedule, cycles, decay
+        self.milestones = tuple(milestones)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; the learning rate is set at the start of an epoch or step."""
@@ -144,10 +159,10 @@ class Training(lightning.LightningModule):
 
     def _set_rate(self, progress: float) -> None:
         # the fraction of the step that ends an epoch would already count as the next one
-        if self.schedule_name == "exponential" and progress > self.warmup_epochs:
+        if self.schedule_name in ("exponential", "steps") and progress > self.warmup_epochs:
             progress = max(self.current_epoch, self.warmup_epochs)
         factor = learning_rate_factor(
-            self.schedule_name, progress, self.epochs, self.warmup_epochs, self.cycles, self.decay
+            self.schedule_name, progress, self.epochs, self.warmup_epochs, self.cycles, self.decay, self.milestones
         )
         for group in self.schedule.optimizer.param_groups:
             group["lr"] = self.optimizer_args["lr"] * factor * group.get("lr_scale", 1.0)
