@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-SCHEDULES = ("cosine", "cosine_cycles", "exponential")
+SCHEDULES = ("cosine", "cosine_cycles", "exponential", "poly")
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -31,7 +31,13 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
 
 
 def learning_rate_factor(
-    schedule: str, progress: float, epochs: int, warmup_epochs: float, cycles: float, decay: float
+    schedule: str,
+    progress: float,
+    epochs: int,
+    warmup_epochs: float,
+    cycles: float,
+    decay: float,
+    power: float = 1.0,
 ) -> float:
     """Factor on the learning rate of the schedules that timm does not have.
 
@@ -39,20 +45,24 @@ def learning_rate_factor(
 
         cosine_cycles: ``(1 + cos(2 pi cycles t)) / 2`` (FSG-Net)
         exponential: ``decay ** epoch``, constant within an epoch (HER-Seg)
+        poly: ``(1 - t) ** power`` (labelled scenes)
 
     Args:
-        schedule: ``"cosine_cycles"`` or ``"exponential"``.
+        schedule: ``"cosine_cycles"``, ``"exponential"`` or ``"poly"``.
         progress: Epochs done, with the fraction of the one in progress.
         epochs: Length of the training.
         warmup_epochs: Length of the warm-up.
         cycles: Full cosines.
         decay: Factor per epoch.
+        power: Exponent of ``"poly"``.
     """
     if progress < warmup_epochs:
         return progress / warmup_epochs
     if schedule == "exponential":
         return decay ** math.floor(progress - warmup_epochs)
     t = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1)
+    if schedule == "poly":
+        return max(1 - t, 0.0) ** power
     return (1 + math.cos(2 * math.pi * cycles * t)) / 2
 
 
@@ -68,12 +78,14 @@ class Training(lightning.LightningModule):
         layer_decay: Factor on the learning rate from each layer to the one before.
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: Learning rate at its start (timm's cosine only).
-        min_lr: Learning rate at the end (timm's cosine only).
+        min_lr: Learning rate at the end (timm's cosine and poly only).
         ema_decay: Decay of an exponential moving average of the weights.
         ema_eval: Validate the averaged weights (and so choose the best checkpoint by them).
-        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"`` or ``"exponential"`` (at every step).
+        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"``, ``"exponential"`` or ``"poly"`` (at
+            every step).
         cycles: Full cosines of ``"cosine_cycles"``.
         decay: Factor per epoch of ``"exponential"``.
+        power: Exponent of ``"poly"``.
 
     Raises:
         ValueError: Another schedule.
@@ -98,6 +110,7 @@ class Training(lightning.LightningModule):
         schedule: str = "cosine",
         cycles: float = 1.0,
         decay: float = 1.0,
+        power: float = 1.0,
     ):
         super().__init__()
         if schedule not in SCHEDULES:
@@ -109,7 +122,7 @@ class Training(lightning.LightningModule):
         self.epochs, self.min_lr = epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
         self.optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-        self.schedule_name, self.cycles, self.decay = schedule, cycles, decay
+        self.schedule_name, self.cycles, self.decay, self.power = schedule, cycles, decay, power
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; the learning rate is set at the start of an epoch or step."""
@@ -143,10 +156,12 @@ class Training(lightning.LightningModule):
         if self.schedule_name == "exponential" and progress > self.warmup_epochs:
             progress = max(self.current_epoch, self.warmup_epochs)
         factor = learning_rate_factor(
-            self.schedule_name, progress, self.epochs, self.warmup_epochs, self.cycles, self.decay
+            self.schedule_name, progress, self.epochs, self.warmup_epochs, self.cycles, self.decay, self.power
         )
+        least = self.min_lr if self.schedule_name == "poly" and progress >= self.warmup_epochs else 0.0
+        lr = least + (self.optimizer_args["lr"] - least) * factor
         for group in self.schedule.optimizer.param_groups:
-            group["lr"] = self.optimizer_args["lr"] * factor * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @property
     def evaluated(self) -> nn.Module:
