@@ -21,12 +21,12 @@ from visionattn.tasks.semantic import best_labels, class_scores, confusion_matri
 from visionattn.tasks.semantic_inference import load_labeller
 from visionattn.tasks.training import learning_rate_factor
 
-TINY = ["model.backbone=test_biformer", "model.pretrained=false", "data.workers=0", "data.batch_size=2"]
+TINY = ["model.backbone=test_patnet", "model.pretrained=false", "data.workers=0", "data.batch_size=2"]
 TINY += ["data.epoch_steps=2", "data.transform.size=64", "data.transform.short_side=48"]
 TINY += ["trainer=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1"]
 UPERNET = ["experiment=ade20k/upernet", "model.aux_channels=8", "model.decoder_kwargs.decoder_channels=16", *TINY]
-FPN = ["experiment=ade20k/semantic_fpn", "+model.decoder_kwargs.decoder_pyramid_channels=16", *TINY]
-FPN += ["+model.decoder_kwargs.decoder_segmentation_channels=16"]
+FPN = ["experiment=ade20k/semantic_fpn", "+model.decoder_kwargs.decoder_pyramid_channels=32", *TINY]
+FPN += ["+model.decoder_kwargs.decoder_segmentation_channels=32"]
 
 
 @pytest.fixture(scope="module")
