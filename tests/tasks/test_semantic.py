@@ -162,7 +162,7 @@ def test_auxiliary_head_is_for_training_only():
     learning = [[p.grad is not None for p in part.parameters()] for part in (model.net.encoder, model.net.decoder)]
     assert any(learning[0]) and not all(learning[0]) and not any(learning[1])  # all but the last stage
     assert model.eval()(x).shape == (2, 4, 50, 70)
-    with pytest.raises(ValueError, match="aux_channels are not for dpt"):
+    with pytest.raises(ValueError, match="aux_channels are not for the decoder dpt"):
         Segmenter("test_biformer", "dpt", aux_channels=8)
 
 

@@ -82,7 +82,9 @@ class Segmenter(nn.Module):
         check_name(decoder, list(DECODERS), "decoder")
         check_backbone(backbone)
         if (bottleneck is not None or aux_channels) and decoder == "dpt":
-            raise ValueError("bottleneck and aux_channels are not for dpt, whose maps are all of one depth's tokens")
+            raise ValueError(
+                "bottleneck and aux_channels are not for the decoder dpt, whose maps are all of one depth's tokens"
+            )
         if num_classes < 1 or in_chans < 1:
             raise ValueError(f"num_classes={num_classes} and in_chans={in_chans} must be at least 1")
         self.in_chans, self.num_classes, self.decoder_name = in_chans, num_classes, decoder
