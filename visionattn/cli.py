@@ -232,7 +232,7 @@ def _add_using(commands: Any) -> None:
     command.add_argument("--model", help="a registered model with pretrained weights")
     command.add_argument("--checkpoint", help="weights for --model, .pth or .safetensors")
     command.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
-    tasks = ("classification", "segmentation", "detection", "grounding", "scanpath")
+    tasks = ("classification", "segmentation", "semantic", "detection", "grounding", "scanpath")
     command.add_argument("--task", choices=tasks, help="by default the run's")
     command.add_argument("--question", help="of a grounding run: what its mask is to answer")
     command.add_argument("--boxes", help="of a scanpath: JSON file with the boxes and the target of an image")

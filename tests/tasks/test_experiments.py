@@ -14,6 +14,7 @@ import visionattn
 from visionattn.cli import main
 from visionattn.data.detection_transforms import DetectionTransform
 from visionattn.data.grounding_pipeline import GroundingTransform
+from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.classification import Classification, scale_learning_rates
 from visionattn.tasks.config import compose, config_folder
 from visionattn.tasks.detection import Detection
@@ -22,6 +23,7 @@ from visionattn.tasks.grounding import Grounding
 from visionattn.tasks.grounding_data import make_grounder
 from visionattn.tasks.segmentation import Segmentation
 from visionattn.tasks.segmentation_data import make_network
+from visionattn.tasks.semantic import Semantic
 
 FOLDER = config_folder() / "experiment"
 EXPERIMENTS = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.yaml"))
@@ -32,6 +34,7 @@ SETTINGS |= dict(smoothing=0.0, mixup=0.0, cutmix=0.0, ema_decay=None, ema_eval=
 HEADS = {path.stem for path in (config_folder() / "model").glob("*.yaml") if "visionattn.heads." in path.read_text()}
 CLASSES = [name for name in EXPERIMENTS if "override /task:" not in (FOLDER / f"{name}.yaml").read_text()]
 MASKS = [name for name in EXPERIMENTS if "override /task: segmentation" in (FOLDER / f"{name}.yaml").read_text()]
+SCENES = [name for name in EXPERIMENTS if "override /task: semantic" in (FOLDER / f"{name}.yaml").read_text()]
 QUESTIONS = [name for name in EXPERIMENTS if "override /task: grounding" in (FOLDER / f"{name}.yaml").read_text()]
 
 OBJECTS = [name for name in EXPERIMENTS if "override /task: detection" in (FOLDER / f"{name}.yaml").read_text()]
@@ -57,6 +60,22 @@ def test_segmentation_experiment_can_be_made(name):
     settings = OmegaConf.to_container(config.task, resolve=True)
     settings = {k: v for k, v in settings.items() if k not in ("_target_", "lr_batch")}
     Segmentation(model, num_classes=1, seed=0, hparams={}, **settings)
+
+
+@pytest.mark.parametrize("backbone", ["biformer_s", "davit_t", "overlock_xt"])
+@pytest.mark.parametrize("name", SCENES)
+def test_semantic_experiment_can_be_made_on_any_backbone(name, backbone):
+    config = compose([f"experiment={name}", "data.root=somewhere", f"model.backbone={backbone}"])
+    arguments = OmegaConf.to_container(config.model, resolve=True)
+    with torch.device("meta"):
+        model = make_network({**arguments, "pretrained": False}, [str(i) for i in range(150)], config.data.in_chans)
+    settings = OmegaConf.to_container(config.task, resolve=True)
+    settings = {k: v for k, v in settings.items() if k not in ("_target_", "lr_batch")}
+    Semantic(model, num_classes=150, seed=0, hparams={}, **settings)
+    SegmentationTransform(**OmegaConf.to_container(config.data.transform, resolve=True))
+    # 80,000 or 160,000 steps of 16 images
+    assert config.data.epoch_steps * config.trainer.max_epochs == 80_000 * (1 + (name == "ade20k/upernet"))
+    assert config.data.batch_size * config.trainer.devices == config.task.lr_batch == 16
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

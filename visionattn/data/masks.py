@@ -15,7 +15,8 @@ from visionattn.data.splits import check_split, group_names, split_groups
 
 Palette = Mapping[str, Sequence[int]]
 _BITS_PER_SAMPLE = 258  # a TIFF tag
-_READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError, EOFError, IndexError, KeyError)
+READ_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError, EOFError, IndexError, KeyError)
+"""What Pillow raises for files that it cannot read."""
 
 
 def read_pixels(path: str | Path, in_chans: int = 3) -> np.ndarray:
@@ -48,7 +49,7 @@ def read_pixels(path: str | Path, in_chans: int = 3) -> np.ndarray:
             if not image.mode.startswith(("I", "F")):
                 return np.array(read_image(path, in_chans)).reshape(image.height, image.width, in_chans)
             pixels = np.asarray(image)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         deep = _read_deep(path)
         if deep is None:
             raise ValueError(f"cannot read image {path}: {error}; repair or remove it") from error
@@ -118,7 +119,7 @@ def read_mask(
                 return _by_palette(np.asarray(image.convert("RGB")), classes, palette, path)
             indexed = image.mode == "P"
             values = np.asarray(image.convert("RGB") if indexed and len(classes) == 2 else image)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         deep = _read_deep(path)
         if deep is None:
             raise ValueError(f"cannot read mask {path}: {error}; repair or remove it") from error

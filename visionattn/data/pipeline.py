@@ -1,6 +1,6 @@
 """From a source of images to reproducible batches."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -92,11 +92,26 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         repeats: Repeated augmentation: each image that many times side by side, and as many fewer images an epoch.
         rank: Number of this process.
         world_size: Number of processes.
+        samples: Keys of a shuffled epoch, which then goes on in the data where the one before stopped, pass after
+            pass; None: one pass.
+
+    Raises:
+        ValueError: ``samples`` below 1, or of no data.
     """
 
     def __init__(
-        self, dataset: Sized, shuffle: bool, seed: int = 0, repeats: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Sized,
+        shuffle: bool,
+        seed: int = 0,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        samples: int | None = None,
     ):
+        if samples is not None and (samples < 1 or not len(dataset)):
+            raise ValueError(f"an epoch of {samples} samples of {len(dataset)} images; expected at least 1 of both")
+        self.samples = samples if shuffle else None
         self.shuffle, self.seed, self.repeats, self.rank, self.world_size = shuffle, seed, repeats, rank, world_size
         self.size = len(dataset)
         self.epoch = 0
@@ -114,15 +129,29 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
+        if self.samples is not None:
+            return self.samples
         if self.order is not None:
             return len(self.order)
         return len(range(self.rank, self.size, self.world_size))
 
+    def _pass(self, number: int) -> Sequence[int]:
+        """This process's share of a pass over the data."""
+        if self.order is None:
+            return range(self.rank, self.size, self.world_size)
+        # RepeatAugSampler knows no seed of its own
+        self.order.set_epoch(seed_from(self.seed, number) % 2**32 if self.repeats > 1 else number)
+        return list(self.order)
+
+    def _stretch(self, samples: int) -> Iterator[int]:
+        """The epoch's part of all passes one after the other."""
+        number, first = divmod(self.epoch * samples, len(self.order))
+        while samples > 0:
+            part = self._pass(number)[first : first + samples]
+            yield from part
+            number, first, samples = number + 1, 0, samples - len(part)
+
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        numbers: Any = range(self.rank, self.size, self.world_size)
-        if self.order is not None:
-            # RepeatAugSampler knows no seed of its own
-            self.order.set_epoch(seed_from(self.seed, self.epoch) % 2**32 if self.repeats > 1 else self.epoch)
-            numbers = self.order
+        numbers = self._pass(self.epoch) if self.samples is None else self._stretch(self.samples)
         for position, i in enumerate(numbers):
             yield self.epoch, position * self.world_size + self.rank, int(i)

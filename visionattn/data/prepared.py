@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from visionattn.data.images import check_channels
 from visionattn.data.masks import check_sizes, read_mask, read_pixels
 from visionattn.data.prepare import FORMAT
 from visionattn.data.segmentation import Sample
 from visionattn.data.splits import check_split, split_groups
+
+_KEYS = {"format", "name", "classes", "splits", "groups", "unlabelled", "fields", "spacing"}
 
 
 class PreparedDataset:
@@ -37,7 +40,7 @@ class PreparedDataset:
     ):
         check_split(split)
         check_channels(in_chans)
-        self.root, self.in_chans, self.info = Path(root), in_chans, _read_info(Path(root))
+        self.root, self.in_chans, self.info = Path(root), in_chans, read_info(Path(root), _KEYS)
         if name is not None and self.info["name"] != name:
             raise ValueError(f"{root} holds the set {self.info['name']!r}, expected {name!r}; correct data.root")
         self.classes = list(self.info["classes"])
@@ -76,7 +79,17 @@ class PreparedDataset:
         return Sample(image, mask, item, self.info["groups"][item], field, self.info["spacing"])
 
 
-def _read_info(root: Path) -> dict:
+def read_info(root: Path, keys: set[str]) -> dict[str, Any]:
+    """What ``dataset.json`` of a prepared folder holds.
+
+    Args:
+        root: The folder.
+        keys: What the file must have.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, lacks keys, or has another format.
+    """
     path = root / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -86,7 +99,6 @@ def _read_info(root: Path) -> dict:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; prepare the set anew") from error
-    keys = {"format", "name", "classes", "splits", "groups", "unlabelled", "fields", "spacing"}
     if not isinstance(info, dict) or keys - set(info):
         lacking = sorted(keys - set(info)) if isinstance(info, dict) else "everything"
         raise ValueError(f"{path} lacks {lacking}; prepare the set anew")

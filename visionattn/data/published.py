@@ -7,11 +7,13 @@ from typing import Any
 
 from visionattn.data.grounding_layouts import LAYOUTS as GROUNDING
 from visionattn.data.layouts import LAYOUTS
+from visionattn.data.semantic_layouts import LAYOUTS as SEMANTIC
 
 SETS: dict[str, str] = dict.fromkeys(LAYOUTS, "visionattn.data.prepare:prepare")
 SETS |= dict.fromkeys(GROUNDING, "visionattn.data.grounding_prepare:prepare")
 """Name of a set to ``module:function`` with the arguments of ``visionattn.data.prepare.prepare``, whose result has
 ``splits`` (names of each split)."""
+SETS |= dict.fromkeys(SEMANTIC, "visionattn.data.semantic_prepare:prepare")
 SETS["coco"] = "visionattn.data.coco_prepare:prepare"
 SETS |= dict.fromkeys(("amazon", "shelves", "cocosearch18", "mit1003"), "visionattn.data.scanpath_sets:prepare")
 

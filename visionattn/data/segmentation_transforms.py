@@ -10,6 +10,8 @@ Recipes:
 - ``herseg``: HER-Seg, efficient segmentation of medical images at 1024 x 1024 (arXiv 2504.06205,
   github.com/xq141839/HER-Seg): the whole image resized, flips with p = 0.1. It resizes when evaluating too.
 - ``none``: the whole image resized, nothing random.
+- ``semantic``: scenes, see ``semantic_transforms``: scaled by U(0.5, 2), crop in which no class takes three quarters,
+  flip from left to right, photometric distortion. When evaluating, the short side of the image is resized.
 """
 
 from collections.abc import Sequence
@@ -23,10 +25,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.data.segmentation import IGNORE, Sample
+from visionattn.data.semantic_transforms import PhotometricDistortion, fitted, padded, random_crop
 
-RECIPES = ("default", "fsgnet", "herseg", "none")
+RECIPES = ("default", "fsgnet", "herseg", "none", "semantic")
 INTENSITIES = ("range", "percentile")
-_SIZES = {"default": 224, "fsgnet": 288, "herseg": 1024, "none": 224}
+_SIZES = {"default": 224, "fsgnet": 288, "herseg": 1024, "none": 224, "semantic": 512}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Pair = tuple[tv_tensors.Image, tv_tensors.Mask]
@@ -60,21 +63,27 @@ class SegmentationTransform:
     Returns a dict of ``image`` float32 ``[C, h, w]``, normalised; ``mask`` int64 ``[h, w]``; ``name``, ``group`` and
     ``spacing`` (millimetres per pixel of the mask when evaluating, None when training). When evaluating, the mask is
     ``IGNORE`` outside the field of view, and everywhere where the source has no truth; images keep their size but for
-    the recipes that resize (``herseg``, ``none``), whose masks keep it: probabilities are to be enlarged to the mask.
-    When training, what lies outside the field of view is background and is learnt as such.
+    the recipes that resize (``herseg``, ``none``, ``semantic`` with a ``short_side``), whose masks keep it:
+    probabilities are to be enlarged to the mask. When training, what lies outside the field of view is background and
+    is learnt as such.
 
     Args:
         recipe: One of ``RECIPES``.
         size: Side of training crops, or of the resized image, in pixels: one number or ``[height, width]``.
-            None takes the recipe's: 224, 288 (fsgnet), 1024 (herseg).
+            None takes the recipe's: 224, 288 (fsgnet), 1024 (herseg), 512 (semantic).
         mean: Mean of each channel in [0, 1]; by default ImageNet's, for grey images 0.5.
         std: Standard deviation of each channel; by default ImageNet's, for grey images 0.5.
         train: Augment; otherwise prepare for evaluation.
         intensity: ``"range"`` or ``"percentile"``, see ``to_unit``.
         elastic: Probability of an elastic deformation in ``default``.
+        short_side: Of ``semantic``: the image's short side when evaluating and, before it is scaled, when training;
+            None: its own. The long side is at most four times as long.
+        scale: Of ``semantic``: least and largest scale.
+        cat_max_ratio: Of ``semantic``: share of a crop that one class should not reach.
 
     Raises:
-        ValueError: An unknown recipe or intensity, a size below 1, a probability outside [0, 1]; from a call, a
+        ValueError: An unknown recipe or intensity, a size below 1, a probability outside [0, 1],
+            ``short_side`` with another recipe; from a call, a
             sample without mask when training, or a mean of another length than the channels.
     """
 
@@ -87,6 +96,9 @@ class SegmentationTransform:
         train: bool = True,
         intensity: str = "range",
         elastic: float = 0.0,
+        short_side: int | None = None,
+        scale: Sequence[float] = (0.5, 2.0),
+        cat_max_ratio: float = 0.75,
     ):
         if recipe not in RECIPES:
             raise ValueError(f"recipe={recipe!r} must be one of {', '.join(RECIPES)}")
@@ -94,36 +106,52 @@ class SegmentationTransform:
             raise ValueError(f"intensity={intensity!r} must be one of {', '.join(INTENSITIES)}")
         if not 0 <= elastic <= 1:
             raise ValueError(f"elastic={elastic} is a probability and must be in [0, 1]")
+        if short_side is not None and (recipe != "semantic" or short_side < 1):
+            raise ValueError(f"short_side={short_side} is for recipe='semantic', at least 1 pixel; got {recipe!r}")
+        if not 0 < scale[0] <= scale[1] or not 0 < cat_max_ratio <= 1:
+            raise ValueError(
+                f"scale={list(scale)} must be two growing numbers above 0, cat_max_ratio={cat_max_ratio} lie in (0, 1]"
+            )
         sides = _SIZES[recipe] if size is None else size
         self.size = [sides, sides] if isinstance(sides, int) else [int(side) for side in sides]
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size={size} must be a number of pixels or [height, width], at least 1")
         self.recipe, self.mean, self.std, self.train, self.intensity = recipe, mean, std, train, intensity
-        self.resizes = recipe in ("herseg", "none")
+        self.short_side, self.scale, self.cat_max_ratio = short_side, tuple(scale), cat_max_ratio
+        self.resizes = recipe in ("herseg", "none") or short_side is not None
         self.mixes = train and recipe == "fsgnet"
         self.augment = _augmentation(recipe, self.size, elastic) if train else v2.Identity()
 
     def __call__(self, sample: Sample, partner: Sample | None = None) -> dict[str, Any]:
+        if self.train and sample.mask is None:
+            raise ValueError(f"{sample.name} has no mask, so it cannot be trained on; choose another split")
+        sides = self.size
+        if self.train and self.recipe == "semantic":
+            sample, sides = random_crop(sample, self.size, self.short_side, self.scale, self.cat_max_ratio)
         image, mask = self._pair(sample)
         if self.train:
-            if sample.mask is None:
-                raise ValueError(f"{sample.name} has no mask, so it cannot be trained on; choose another split")
             if self.mixes and partner is not None:
                 image, mask = cut_mix((image, mask), self._pair(partner))
             if self.recipe == "fsgnet":
                 image, mask = rescale_sides(image, mask)
             elif self.recipe == "default":
                 image, mask = rescale_sides(image, mask, 1.0, (0.75, 1.33), together=True)
+            elif self.recipe == "semantic":
+                image, mask = v2.Resize(sides, antialias=True)(image, mask)
             image, mask = self.augment(image, mask)
         else:
             if sample.field is not None:
                 field = torch.from_numpy(np.ascontiguousarray(sample.field, dtype=bool))
                 mask = tv_tensors.Mask(torch.where(field, mask.as_subclass(Tensor), IGNORE))
             if self.resizes:
-                image = v2.Resize(self.size, antialias=True)(image)
+                sides = self.size if self.short_side is None else list(fitted(*image.shape[-2:], self.short_side))
+                image = v2.Resize(sides, antialias=True)(image)
+        pixels, labels = self._normalize(image.as_subclass(Tensor), sample.name), mask.as_subclass(Tensor)
+        if self.train and self.recipe == "semantic":
+            pixels, labels = padded(pixels, labels, self.size)
         return dict(
-            image=self._normalize(image.as_subclass(Tensor), sample.name),
-            mask=mask.as_subclass(Tensor).contiguous(),
+            image=pixels,
+            mask=labels.contiguous(),
             name=sample.name,
             group=sample.group,
             spacing=None if self.train else sample.spacing,
@@ -173,6 +201,8 @@ def _augmentation(recipe: str, size: list[int], elastic: float) -> nn.Module:
         if elastic:
             steps.append(v2.RandomApply([v2.ElasticTransform(alpha=50.0, sigma=5.0, fill=outside)], elastic))
         return v2.Compose([*steps, v2.RandomApply([Jitter(0.05)], 0.8)])
+    if recipe == "semantic":
+        return v2.Compose([v2.RandomHorizontalFlip(), PhotometricDistortion()])
     if recipe == "fsgnet":
         return v2.Compose(
             [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,15 +45,17 @@ class Segmenter(nn.Module):
         bottleneck_kwargs: Arguments of its attention layer.
         backbone_kwargs: Arguments of the backbone, for example ``dict(drop_path_rate=0.1)``.
         decoder_kwargs: Arguments of the decoder's class, for example ``dict(decoder_channels=[64, 32, 16, 8, 4])``.
+        aux_channels: Width of an auxiliary head (3 x 3 convolution and classifier) on the last map but one, as
+            UPerNet's published recipes have it; 0: none.
 
     Shape:
         x: Images ``[B, in_chans, H, W]``. They are completed with zeros at the bottom and right to what encoder and
             decoder need.
-        returns: Logits ``[B, num_classes, H, W]``.
+        returns: Logits ``[B, num_classes, H, W]``; in training with an auxiliary head two of them.
 
     Raises:
-        ValueError: An unknown decoder, backbone or bottleneck, or a backbone that gives no maps for the decoder; in
-            ``forward``, images of another shape; in ``freeze``, an unknown part.
+        ValueError: An unknown decoder, backbone or bottleneck, a bottleneck or auxiliary head for DPT, or a backbone
+            that gives no maps for the decoder; in ``forward``, images of another shape; in ``freeze``, an unknown part.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Segmenter(nn.Module):
         bottleneck_kwargs: dict[str, Any] | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         decoder_kwargs: dict[str, Any] | None = None,
+        aux_channels: int = 0,
     ):
         super().__init__()
         import segmentation_models_pytorch as smp  # takes long to import
@@ -77,8 +81,10 @@ class Segmenter(nn.Module):
             )
         check_name(decoder, list(DECODERS), "decoder")
         check_backbone(backbone)
-        if bottleneck is not None and decoder == "dpt":
-            raise ValueError("bottleneck is not for the decoder dpt, whose maps are all of one depth's tokens")
+        if (bottleneck is not None or aux_channels) and decoder == "dpt":
+            raise ValueError(
+                "bottleneck and aux_channels are not for the decoder dpt, whose maps are all of one depth's tokens"
+            )
         if num_classes < 1 or in_chans < 1:
             raise ValueError(f"num_classes={num_classes} and in_chans={in_chans} must be at least 1")
         self.in_chans, self.num_classes, self.decoder_name = in_chans, num_classes, decoder
@@ -97,11 +103,15 @@ class Segmenter(nn.Module):
         self.bottleneck = (
             BottleneckAttention(dim, bottleneck, **(bottleneck_kwargs or {})) if bottleneck else nn.Identity()
         )
+        self.aux: nn.Module | None = None
+        if aux_channels:
+            hidden = ConvNormAct(self.net.encoder.out_channels[-2], aux_channels, 3)
+            self.aux = nn.Sequential(hidden, nn.Dropout2d(0.1), nn.Conv2d(aux_channels, num_classes, 1))
         self.multiple = max(32, int(getattr(self.net.encoder, "output_stride", 32)))
         self.least = _LEAST.get(decoder, 64)
         self._still: list[nn.Module] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"Segmenter wants images [B, {self.in_chans}, H, W], got {list(x.shape)}")
         height, width = x.shape[-2:]
@@ -110,8 +120,11 @@ class Segmenter(nn.Module):
         if self.decoder_name == "dpt":
             return self.net(x)[..., :height, :width]
         *maps, deepest = self.net.encoder(x)
-        logits = self.net.segmentation_head(self.net.decoder([*maps, self.bottleneck(deepest)]))
-        return logits[..., :height, :width]
+        logits = self.net.segmentation_head(self.net.decoder([*maps, self.bottleneck(deepest)]))[..., :height, :width]
+        if self.aux is None or not self.training:
+            return logits
+        aux = F.interpolate(self.aux(maps[-1]), x.shape[-2:], mode="bilinear")
+        return logits, aux[..., :height, :width]
 
     def freeze(self, parts: Sequence[str]) -> None:
         """Stop training of parts; their BatchNorm keeps its statistics.

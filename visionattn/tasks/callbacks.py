@@ -8,6 +8,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 _SCORES = ("val/ap", "val/ap50", "val/mask_ap", "val/sequence_score", "val/delta", "val/exact")
+_SHARES = (
+    ("top-1", "val/top1"),
+    ("top-5", "val/top5"),
+    ("Dice", "val/dice"),
+    ("IoU", "val/iou"),
+    ("mIoU", "val/miou"),
+    ("aAcc", "val/aacc"),
+)
 _BATCH_LINE_SECONDS = 60  # long epochs report that often
 
 
@@ -68,11 +76,7 @@ class EpochLines(Callback):
         module.log("epoch_seconds", seconds, rank_zero_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
-        parts += [
-            f"{name} {metrics[key]:.1%}"
-            for name, key in (("top-1", "val/top1"), ("top-5", "val/top5"), ("Dice", "val/dice"), ("IoU", "val/iou"))
-            if key in metrics
-        ]
+        parts += [f"{name} {metrics[key]:.1%}" for name, key in _SHARES if key in metrics]
         scores = [
             f"{key.removeprefix('val/').replace('_', ' ')} {metrics[key]:.3f}" for key in _SCORES if key in metrics
         ]

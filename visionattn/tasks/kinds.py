@@ -41,6 +41,14 @@ KINDS = {
         packages=("monai", "tifffile", "segmentation_models_pytorch"),
         extra="seg",
     ),
+    "semantic": Kind(
+        prepare="visionattn.tasks.semantic_data:prepare_labels",
+        evaluate="visionattn.tasks.semantic_inference:evaluate_labels",
+        table="visionattn.tasks.semantic_report:table",
+        predict="visionattn.tasks.semantic_inference:predict_command",
+        packages=("monai", "tifffile", "segmentation_models_pytorch"),
+        extra="seg",
+    ),
     "scanpath": Kind(
         prepare="visionattn.tasks.scanpath_data:prepare_scanpaths",
         evaluate="visionattn.tasks.scanpath_inference:evaluate_scanpaths",

@@ -16,8 +16,8 @@ class EpochData(lightning.LightningDataModule):
     """Loaders of the training and validation split, whose order depends on (seed, epoch) alone.
 
     Args:
-        config: The ``data`` group: ``batch_size``, ``workers``, and if given ``val_batch_size`` and ``repeats``
-            (repeated augmentation).
+        config: The ``data`` group: ``batch_size``, ``workers``, and if given ``val_batch_size``, ``repeats``
+            (repeated augmentation) and ``epoch_steps``, the batches of an epoch however many images there are.
         train: Training samples by the keys of ``EpochSampler``.
         val: Validation samples.
         collate: Items to a batch.
@@ -33,7 +33,9 @@ class EpochData(lightning.LightningDataModule):
         if not train:
             size = self.config.get("val_batch_size", size)
         repeats = self.config.get("repeats", 1) if train else 1
-        sampler = EpochSampler(samples, train, self.seed, repeats, trainer.global_rank, trainer.world_size)
+        steps = self.config.get("epoch_steps") if train else None
+        count = None if steps is None else steps * size
+        sampler = EpochSampler(samples, train, self.seed, repeats, trainer.global_rank, trainer.world_size, count)
         # workers read ahead before the trainer says which epoch it resumes
         sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
         return DataLoader(

@@ -77,6 +77,18 @@ class MaskLoss(nn.Module):
         return loss + _cross_entropy(row, target) if self.name in ("bce_dice", "ce_dice") else loss
 
 
+def freeze_parts(model: nn.Module, parts: list[str]) -> None:
+    """Stop training of parts of a network by its own ``freeze``.
+
+    Raises:
+        ValueError: There are parts, but the network has no such method or part.
+    """
+    if parts:
+        if not hasattr(model, "freeze"):
+            raise ValueError(f"task.freeze={list(parts)}: {type(model).__name__} cannot freeze parts; set []")
+        model.freeze(list(parts))
+
+
 class Segmentation(Training):
     """Training of masks.
 
@@ -118,10 +130,7 @@ class Segmentation(Training):
         hparams: dict[str, Any],
         **training: Any,
     ):
-        if freeze:
-            if not hasattr(model, "freeze"):
-                raise ValueError(f"task.freeze={list(freeze)}: {type(model).__name__} cannot freeze parts; set []")
-            model.freeze(list(freeze))
+        freeze_parts(model, freeze)
         super().__init__(model, **training)
         self.loss: Callable[[Tensor, Tensor], Tensor] = MaskLoss(loss, num_classes)
         self.seed, self.num_classes, self.aux_weight = seed, num_classes, aux_weight

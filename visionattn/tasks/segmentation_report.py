@@ -17,6 +17,15 @@ _COLORS = np.array([[0, 158, 115], [213, 94, 0], [0, 114, 178], [240, 228, 66], 
 _SHOWN = dict(hit=(255, 255, 255), false=(213, 94, 0), missed=(0, 114, 178), outside=(128, 128, 128))
 
 
+def displayed(pixels: np.ndarray) -> np.ndarray:
+    """``[H, W, C]`` of any type as ``[H, W, 3]`` float64 in [0, 255]; of other than three channels the first."""
+    shown = (pixels if pixels.shape[2] == 3 else pixels[..., :1].repeat(3, 2)).astype(np.float64)
+    if pixels.dtype != np.uint8:
+        low, high = shown.min(), shown.max()
+        shown = 255 * (shown - low) / max(high - low, 1e-9)
+    return shown
+
+
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The image with its labels in colour.
 
@@ -27,10 +36,7 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Returns:
         ``[H, W, 3]`` uint8.
     """
-    shown = (pixels if pixels.shape[2] == 3 else pixels[..., :1].repeat(3, 2)).astype(np.float64)
-    if pixels.dtype != np.uint8:
-        low, high = shown.min(), shown.max()
-        shown = 255 * (shown - low) / max(high - low, 1e-9)
+    shown = displayed(pixels)
     inside = mask > 0
     shown[inside] = 0.5 * shown[inside] + 0.5 * _COLORS[(mask[inside].astype(int) - 1) % len(_COLORS)]
     return shown.round().astype(np.uint8)

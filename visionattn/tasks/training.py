@@ -11,7 +11,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-SCHEDULES = ("cosine", "cosine_cycles", "exponential", "steps")
+SCHEDULES = ("cosine", "cosine_cycles", "exponential", "steps", "poly")
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -39,6 +39,7 @@ def learning_rate_factor(
     cycles: float,
     decay: float,
     milestones: Sequence[int] = (),
+    power: float = 1.0,
 ) -> float:
     """Factor on the learning rate of the schedules that timm does not have.
 
@@ -47,15 +48,17 @@ def learning_rate_factor(
         cosine_cycles: ``(1 + cos(2 pi cycles t)) / 2`` (FSG-Net)
         exponential: ``decay ** epoch``, constant within an epoch (HER-Seg)
         steps: ``decay`` for each milestone that is passed (detection: 8 and 11 of 12 epochs)
+        poly: ``(1 - t) ** power`` (labelled scenes)
 
     Args:
-        schedule: ``"cosine_cycles"``, ``"exponential"`` or ``"steps"``.
+        schedule: ``"cosine_cycles"``, ``"exponential"``, ``"steps"`` or ``"poly"``.
         progress: Epochs done, with the fraction of the one in progress.
         epochs: Length of the training.
         warmup_epochs: Length of the warm-up.
         cycles: Full cosines.
         decay: Factor per epoch or milestone.
         milestones: Epochs, counted from the start of the training.
+        power: Exponent of ``"poly"``.
     """
     if progress < warmup_epochs:
         return progress / warmup_epochs
@@ -64,6 +67,8 @@ def learning_rate_factor(
     if schedule == "steps":
         return decay ** sum(progress >= milestone for milestone in milestones)
     t = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1)
+    if schedule == "poly":
+        return max(1 - t, 0.0) ** power
     return (1 + math.cos(2 * math.pi * cycles * t)) / 2
 
 
@@ -79,14 +84,15 @@ class Training(lightning.LightningModule):
         layer_decay: Factor on the learning rate from each layer to the one before.
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: Learning rate at its start (timm's cosine only).
-        min_lr: Learning rate at the end (timm's cosine only).
+        min_lr: Learning rate at the end (timm's cosine and poly only).
         ema_decay: Decay of an exponential moving average of the weights.
         ema_eval: Validate the averaged weights (and so choose the best checkpoint by them).
-        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"``, ``"exponential"`` or ``"steps"`` (at
-            every step).
+        schedule: ``"cosine"`` (timm's, set at every epoch), ``"cosine_cycles"``, ``"exponential"``, ``"steps"`` or
+            ``"poly"`` (at every step).
         cycles: Full cosines of ``"cosine_cycles"``.
         decay: Factor per epoch of ``"exponential"``, per milestone of ``"steps"``.
         milestones: Epochs of ``"steps"`` after which the learning rate falls.
+        power: Exponent of ``"poly"``.
         channels_last: Keep kernels and images in memory with the channels last, which convolutions prefer on CPUs and
             in half precision on GPUs.
 
@@ -115,6 +121,7 @@ class Training(lightning.LightningModule):
         decay: float = 1.0,
         channels_last: bool = False,
         milestones: Sequence[int] = (),
+        power: float = 1.0,
     ):
         super().__init__()
         if schedule not in SCHEDULES:
@@ -127,7 +134,7 @@ class Training(lightning.LightningModule):
         self.epochs, self.min_lr = epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
         self.optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-        self.schedule_name, self.cycles, self.decay = schedule, cycles, decay
+        self.schedule_name, self.cycles, self.decay, self.power = schedule, cycles, decay, power
         self.milestones = tuple(milestones)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -162,10 +169,19 @@ class Training(lightning.LightningModule):
         if self.schedule_name in ("exponential", "steps") and progress > self.warmup_epochs:
             progress = max(self.current_epoch, self.warmup_epochs)
         factor = learning_rate_factor(
-            self.schedule_name, progress, self.epochs, self.warmup_epochs, self.cycles, self.decay, self.milestones
+            self.schedule_name,
+            progress,
+            self.epochs,
+            self.warmup_epochs,
+            self.cycles,
+            self.decay,
+            self.milestones,
+            self.power,
         )
+        least = self.min_lr if self.schedule_name == "poly" and progress >= self.warmup_epochs else 0.0
+        lr = least + (self.optimizer_args["lr"] - least) * factor
         for group in self.schedule.optimizer.param_groups:
-            group["lr"] = self.optimizer_args["lr"] * factor * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @property
     def evaluated(self) -> nn.Module:
