@@ -21,7 +21,8 @@ ROOT = CONFIGS.parent.parent
 FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("[!_]*/*.py"))
 with (ROOT / "docs" / "mm.csv").open() as table:
     ROWS = {row["config"]: row for row in csv.DictReader(table)}
-ONE_EACH = {f.split("/")[0] + "/" + re.split(f"_{f.split('/')[0]}_", f.split("/")[1])[0]: f for f in reversed(FILES)}
+BY_SIZE = sorted(FILES, key=lambda f: float(ROWS[f]["params_m"]), reverse=True)  # the smallest last, which stays
+ONE_EACH = {f.split("/")[0] + "/" + re.split(f"_{f.split('/')[0]}_", f.split("/")[1])[0]: f for f in BY_SIZE}
 BUILT = [pytest.param(file, marks=[] if file in ONE_EACH.values() else pytest.mark.thorough) for file in FILES]
 
 

@@ -144,11 +144,10 @@ def assert_trains(model, out):
     assert all(p.grad is not None for name, p in parameters.items() if "stages.3.blocks" in name or "stem" in name)
 
 
-@pytest.mark.parametrize("in_channels", [1, 3, 5])
 @pytest.mark.parametrize("name", DECODERS)
-def test_decoder_trains(name, in_channels):
-    model = decoder(name, "biformer_s", in_channels)
-    out = model(torch.randn(2, in_channels, 64, 96))
+def test_decoder_trains(name):
+    model = decoder(name, "biformer_s", 3)
+    out = model(torch.randn(2, 3, 64, 96))
     assert out.shape == (2, 4, 64, 96)
     assert_trains(model, out)
 

@@ -50,8 +50,14 @@ NETWORKS = {
 }
 INNER = {"base": "stages.2.base", "overview": "stages.2.overview"}  # maps that are not a stage's output
 SHAPES = {"dinat_small": "dinat_s", "dinat_base": "dinat_b", "dinat_large": "dinat_l"}
+LARGEST = ("biformer_base", "davit_base", "litv2_base", "nat_base", "overlock_b")  # of families with smaller ones here
 EVERY_NETWORK = pytest.mark.parametrize(
-    "name", [name for name in NETWORKS if (fill.HERE / f"backbones/{name}.npz").is_file()]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if name in LARGEST else [])
+        for name in NETWORKS
+        if (fill.HERE / f"backbones/{name}.npz").is_file()
+    ],
 )
 
 

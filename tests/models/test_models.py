@@ -17,8 +17,12 @@ NAMES = visionattn.list_models()
 GOLDEN = {row["name"]: row for row in csv.DictReader((Path(__file__).parent / "golden.csv").open())}
 EVERY_MODEL = pytest.mark.parametrize("name", NAMES)
 ISOTROPIC = ("activator", "lgvit", "ninformer")
-EVERY_PYRAMID = pytest.mark.parametrize(
-    "name", [name for name in NAMES if not name.removeprefix("test_").startswith(ISOTROPIC)]
+# from so many parameters on the smaller models of a family show the same
+LARGE = {name for name, row in GOLDEN.items() if int(row["params"]) > 30e6}
+_MARKED = [pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE else []) for name in NAMES]
+EVERY_MODEL_OR_ITS_FAMILY = pytest.mark.parametrize("name", _MARKED)
+EVERY_PYRAMID_OR_ITS_FAMILY = pytest.mark.parametrize(
+    "name", [p for p in _MARKED if not p.values[0].removeprefix("test_").startswith(ISOTROPIC)]
 )
 
 
@@ -43,7 +47,7 @@ def test_golden_rows_belong_to_models():
     assert sorted(GOLDEN) == NAMES
 
 
-@EVERY_PYRAMID
+@EVERY_PYRAMID_OR_ITS_FAMILY
 def test_features_come_at_four_strides(name):
     model = timm.create_model(name, features_only=True)
     maps = model(torch.randn(2, 3, 65, 97))  # PATNet normalises one value per image, which takes two to train
@@ -57,7 +61,7 @@ def test_features_come_at_four_strides(name):
     ]
 
 
-@EVERY_MODEL
+@EVERY_MODEL_OR_ITS_FAMILY
 def test_features_can_be_chosen(name):
     model = timm.create_model(name, features_only=True, out_indices=(1, 3)).eval()
     whole = timm.create_model(name, features_only=True).eval()
@@ -69,7 +73,7 @@ def test_features_can_be_chosen(name):
             assert_close(f"map {i}", expected[i], actual, 1e-6)
 
 
-@EVERY_MODEL
+@EVERY_MODEL_OR_ITS_FAMILY
 def test_intermediates_end_in_the_features(name):
     model = timm.create_model(name).eval()
     x = torch.randn(1, 3, *size_of(name))
@@ -84,7 +88,7 @@ def test_intermediates_end_in_the_features(name):
         assert_close("logits", model(x), model.forward_head(features), 1e-6)
 
 
-@EVERY_MODEL
+@EVERY_MODEL_OR_ITS_FAMILY
 def test_layer_groups_cover_all_parameters(name):
     model = timm.create_model(name)
     for coarse in (False, True):

@@ -108,7 +108,10 @@ def test_two_runs_are_equal(name):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("small_regions", 3), ("odd_tiny_regions", 2)])
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [pytest.param("small_regions", 3, marks=pytest.mark.thorough), ("odd_tiny_regions", 2)],
+)
 def test_search_finds_tiles_that_work(name, kernels, monkeypatch, caplog):
     from visionattn.ops import _tiles
     from visionattn.ops.routing import launch

@@ -80,11 +80,11 @@ def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog):
 def test_networks_with_heads_are_timed(tmp_path):
     heads = "herseg", "fsgnet", "unet", "sentence_attention", "oat", "mask_rcnn"
     path, names = tmp_path / "heads.csv", [f"{head}/test_nat" for head in heads]
-    modes = "--modes", "inference,training", "--rounds", "1", "--batch-size", "2", "--output", str(path)
-    benchmark(*names, *modes, "--input-size", "64")
-    assert [(row["model"], row["mode"]) for row in read(path)] == [
-        (name, mode) for mode in ("inference", "training") for name in names
-    ]
+    how = "--rounds", "1", "--batch-size", "2", "--output", str(path), "--input-size", "64"
+    benchmark(*names, "--modes", "training", *how)
+    benchmark(*names[-2:], *how)
+    expected = [(name, "training") for name in names] + [(name, "inference") for name in names[-2:]]
+    assert [(row["model"], row["mode"]) for row in read(path)] == expected
     with pytest.raises(SystemExit, match="unet/test_nat has a head; leave out the mode features"):
         benchmark("unet/test_nat", "--modes", "features")
     with pytest.raises(SystemExit, match="unknown backbone 'test_gnat'"):

@@ -65,12 +65,12 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
 
 
 def test_classifier_with_gates_is_trained_and_loaded(tmp_path):
-    gates = ["model=medusa", "model.backbone=test_nat", "+model.body_dim=4", "+model.body_levels=2"]
+    gates = ["model=medusa", "model.backbone=test_litv2", "+model.body_dim=4", "+model.body_levels=2"]
     digits = [a for a in SMALL if not a.startswith("model=")]
     size = ["data.transform.input_size=[1,32,32]", "~model.drop_path_rate", "~model.n_win", "~model.topks"]
     main(["train", *digits, *gates, *size, f"output_dir={tmp_path}", "name=x"])
     classifier = load_run(tmp_path / "x")
-    assert classifier.name == "test_nat" and type(classifier.model) is Medusa
+    assert classifier.name == "test_litv2" and type(classifier.model) is Medusa
     assert 0 <= evaluate_run(tmp_path / "x", [])["top1"] <= 100
 
 
