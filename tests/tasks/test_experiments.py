@@ -155,7 +155,7 @@ def test_parameters_keep_their_own_learning_rate(layer_scale):
 @pytest.mark.slow
 def test_several_models_give_one_table(tmp_path, capsys):
     changes = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2"]
-    models = ["~models", "+models={a:['model=test_biformer'],b:['model=test_nat','task.lr=1.0e-3']}"]
+    models = ["~models", "+models={a:['model=test_biformer'],b:['model=test_litv2','task.lr=1.0e-3']}"]
     main(["train", "experiment=embedded/all", *models, f"output_dir={tmp_path}", *changes])
     report = (tmp_path / "embedded" / "report.md").read_text()
     assert report in capsys.readouterr().out
