@@ -149,7 +149,7 @@ def test_loss_counts_no_ignored_pixel():
 
 
 def test_poly_goes_down_to_nothing_behind_the_warm_up():
-    factors = [learning_rate_factor("poly", t, 10, 2, 1, 1.0, 0.9) for t in (0, 1, 2, 6, 10)]
+    factors = [learning_rate_factor("poly", t, 10, 2, 1, 1.0, power=0.9) for t in (0, 1, 2, 6, 10)]
     assert factors == pytest.approx([0, 0.5, 1, 0.5**0.9, 0])
 
 
