@@ -55,8 +55,8 @@ def _first_points(name):
 @pytest.mark.parametrize(
     "names, points, least",
     [
-        *(([name], _first_points(name), 70) for name in visionattn.list_models("test_*")),
-        pytest.param(visionattn.list_models("test_*"), ["*"], 750, marks=pytest.mark.thorough),
+        *(([name], _first_points(name), 65) for name in visionattn.list_models("test_*")),
+        pytest.param(visionattn.list_models("test_*"), ["*"], 700, marks=pytest.mark.thorough),
         pytest.param(VARIANTS, POINTS, 200, marks=pytest.mark.thorough),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
