@@ -1,7 +1,7 @@
 """Images with boxes: what sources of objects give, and how they become tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -27,9 +27,9 @@ class Scene:
     boxes: np.ndarray
     labels: np.ndarray
     name: str
-    crowd: np.ndarray = field(default=None)  # type: ignore[assignment]
+    crowd: Any = None
     masks: list[dict[str, Any]] | None = None
-    areas: np.ndarray = field(default=None)  # type: ignore[assignment]
+    areas: Any = None
 
     def __post_init__(self) -> None:
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)

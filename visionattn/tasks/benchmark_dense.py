@@ -75,7 +75,7 @@ def gathered(network: nn.Module) -> nn.Module:
     if not found:
         raise ValueError(f"{GATHERED} is the published form of BiFormer's attention, which this network does not have")
     for name in found:
-        network.set_submodule(name, GatheredRouting(network.get_submodule(name)))  # type: ignore[arg-type]
+        network.set_submodule(name, GatheredRouting(network.get_submodule(name)))
     return network
 
 
