@@ -23,7 +23,7 @@ from visionattn.tasks.detection_baseline import baseline
 from visionattn.tasks.detection_data import make_detector
 from visionattn.tasks.detection_metrics import CocoScores, encode_detections, result_rows
 from visionattn.tasks.detection_report import draw_objects, write_report
-from visionattn.tasks.inference import read_checkpoint, run_config
+from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
 from visionattn.tasks.segmentation_inference import save_image
 
 _SHOWN = 6  # images in the picture of an evaluation
@@ -168,9 +168,7 @@ def predict_objects(run: str | Path, images: list[str], output: str | Path) -> I
         FileNotFoundError: A missing run or image.
         ValueError: An unreadable image, or two of one name.
     """
-    stems = [Path(image).stem for image in images]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"several images are named {twice[0]}; their pictures would overwrite each other")
+    stems = distinct_stems(images)
     finder, folder = load_finder(run), Path(output)
     names = dict(zip(finder.category_ids, finder.classes, strict=True))
     rows = []

@@ -19,7 +19,7 @@ from visionattn.tasks.grounding import answer_probabilities
 from visionattn.tasks.grounding_data import make_grounder
 from visionattn.tasks.grounding_metrics import iou, question_metrics, summarize
 from visionattn.tasks.grounding_report import Shown, write_report
-from visionattn.tasks.inference import read_checkpoint, run_config
+from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
 from visionattn.tasks.segmentation_inference import save_image
 from visionattn.tasks.segmentation_metrics import write_results
 from visionattn.tasks.segmentation_report import overlay
@@ -161,9 +161,7 @@ def predict_answers(
         FileNotFoundError: A missing run or image.
         ValueError: An unreadable image, two of one name, or an empty or too long question.
     """
-    stems = [Path(image).stem for image in images]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"several images are named {twice[0]}; their masks would overwrite each other")
+    stems = distinct_stems(images)
     grounder, written = load_grounder(run), []
     grounder.model.text.check([question])
     transform = GroundingTransform(**grounder.transform, train=False)

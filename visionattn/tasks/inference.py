@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,18 @@ def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[st
         images_per_second=images / (time.perf_counter() - start),
         device=torch.cuda.get_device_name() if device == "cuda" else device,
     )
+
+
+def distinct_stems(images: Sequence[str | Path]) -> list[str]:
+    """Names of image files without folder and ending, by which results are called.
+
+    Raises:
+        ValueError: Two of one name.
+    """
+    stems = [Path(image).stem for image in images]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"several images are named {twice[0]}; their results would overwrite each other")
+    return stems
 
 
 @torch.inference_mode()

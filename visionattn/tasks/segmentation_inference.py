@@ -17,7 +17,7 @@ from visionattn.data.segmentation import IGNORE, Sample
 from visionattn.data.segmentation_pipeline import SegmentationSamples
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import sha256
-from visionattn.tasks.inference import read_checkpoint, run_config
+from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
 from visionattn.tasks.segmentation_baseline import baseline
 from visionattn.tasks.segmentation_data import make_network
 from visionattn.tasks.segmentation_metrics import image_metrics, summarize, write_results
@@ -183,9 +183,7 @@ def predict_masks(
         FileNotFoundError: A missing run or image.
         ValueError: An unreadable image, one that is too large for a transform of whole images, or two of one name.
     """
-    stems = [Path(image).stem for image in images]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"several images are named {twice[0]}; their masks would overwrite each other")
+    stems = distinct_stems(images)
     masker, folder, written = load_masker(run), Path(output), []
     flips = flips or masker.flips
     for path, stem in zip(images, stems, strict=True):

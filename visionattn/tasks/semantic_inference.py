@@ -21,7 +21,7 @@ from visionattn.data.segmentation import IGNORE, Sample
 from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_samples
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import sha256
-from visionattn.tasks.inference import read_checkpoint, run_config
+from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
 from visionattn.tasks.segmentation_inference import save_image
 from visionattn.tasks.semantic import best_labels, class_scores, confusion_matrix, set_scores
 from visionattn.tasks.semantic_data import make_labeller
@@ -177,9 +177,7 @@ def predict_labels(
         FileNotFoundError: A missing run or image.
         ValueError: An unreadable image, or two of one name.
     """
-    stems = [Path(image).stem for image in images]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"several images are named {twice[0]}; their labels would overwrite each other")
+    stems = distinct_stems(images)
     labeller, folder, written = load_labeller(run), Path(output), []
     transform = SegmentationTransform(**labeller.transform, train=False)
     how = (window or labeller.window, labeller.overlap, flips or labeller.flips)
