@@ -1,6 +1,8 @@
 # Everything lives in this folder: .venv for the installation, outputs for results.
 PYTHON ?= python3
 BIN := .venv/bin
+# what installs; make INSTALL='uv pip install --python .venv/bin/python' takes a third of pip's time
+INSTALL ?= $(BIN)/python -m pip install
 
 .PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
@@ -10,12 +12,12 @@ BIN := .venv/bin
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "visionattn needs Python 3.11 or newer; say which with make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
+	$(INSTALL) -q -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # the pictures of trees that travel in a package; its code is never imported, so what it requires stays out
 .venv/trees: .venv/installed-dev
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps deepforest
+	$(INSTALL) -q -c constraints.txt --no-deps deepforest
 	@touch $@
 
 demo: .venv/installed-train
