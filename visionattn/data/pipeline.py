@@ -87,9 +87,9 @@ def collate(items: list[Batch]) -> Batch:
 class EpochSampler(Sampler[tuple[int, int, int]]):
     """Keys ``(epoch, position, i)`` of one process's share of an epoch; the order depends on (seed, epoch) alone.
 
-    A source with the method ``epoch_order(epoch, seed)`` chooses the order of its images itself: a permutation of their
-    numbers, of which process ``r`` of ``n`` takes every ``n``-th from the ``r``-th on. The first ones are repeated at the
-    end where ``n`` does not divide their number, as ``DistributedSampler`` does.
+    A source with the method ``epoch_order(epoch, seed)`` chooses the order of its images itself: a permutation of
+    their numbers, of which process ``r`` of ``n`` takes every ``n``-th from the ``r``-th on. The first ones are
+    repeated at the end where ``n`` does not divide their number, as ``DistributedSampler`` does.
 
     Args:
         dataset: Anything with a length, and maybe a ``source`` with ``epoch_order``.
@@ -128,7 +128,7 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         self.own_order = getattr(getattr(dataset, "source", None), "epoch_order", None) if shuffle else None
         if self.own_order is not None:
             if repeats > 1:
-                raise ValueError(f"data.repeats={repeats}: this source has an order of its own; expected data.repeats=1")
+                raise ValueError(f"data.repeats={repeats} of a source with an order of its own; set data.repeats=1")
         elif shuffle and repeats > 1:
             # the sampler rounds an epoch down to its own multiple of 256 images, which would leave small sets empty
             whole = 256 if self.size >= 256 * world_size else 0
