@@ -1,5 +1,7 @@
 """From a source of images to reproducible batches."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -85,8 +87,12 @@ def collate(items: list[Batch]) -> Batch:
 class EpochSampler(Sampler[tuple[int, int, int]]):
     """Keys ``(epoch, position, i)`` of one process's share of an epoch; the order depends on (seed, epoch) alone.
 
+    A source with the method ``epoch_order(epoch, seed)`` chooses the order of its images itself: a permutation of
+    their numbers, of which process ``r`` of ``n`` takes every ``n``-th from the ``r``-th on. The first ones are
+    repeated at the end where ``n`` does not divide their number, as ``DistributedSampler`` does.
+
     Args:
-        dataset: Anything with a length.
+        dataset: Anything with a length, and maybe a ``source`` with ``epoch_order``.
         shuffle: Random order; otherwise each image once, in order.
         seed: Seed of the run.
         repeats: Repeated augmentation: each image that many times side by side, and as many fewer images an epoch.
@@ -96,7 +102,8 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
             pass; None: one pass.
 
     Raises:
-        ValueError: ``samples`` below 1, or of no data.
+        ValueError: ``samples`` below 1, or of no data; ``repeats`` with a source that has an order of its own; and from
+            iteration, an order of another length than the source.
     """
 
     def __init__(
@@ -114,10 +121,15 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         self.samples = samples if shuffle else None
         self.shuffle, self.seed, self.repeats, self.rank, self.world_size = shuffle, seed, repeats, rank, world_size
         self.size = len(dataset)
-        self.epoch = 0
+        self.epoch = self.first = 0
+        self.resumed: int | None = None
         share = dict(num_replicas=world_size, rank=rank)
         self.order: Any = None
-        if shuffle and repeats > 1:
+        self.own_order = getattr(getattr(dataset, "source", None), "epoch_order", None) if shuffle else None
+        if self.own_order is not None:
+            if repeats > 1:
+                raise ValueError(f"data.repeats={repeats} of a source with an order of its own; set data.repeats=1")
+        elif shuffle and repeats > 1:
             # the sampler rounds an epoch down to its own multiple of 256 images, which would leave small sets empty
             whole = 256 if self.size >= 256 * world_size else 0
             self.order = RepeatAugSampler(dataset, **share, num_repeats=repeats, selected_round=whole)
@@ -128,15 +140,33 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         """Choose the epoch whose keys come next."""
         self.epoch = epoch
 
+    def resume(self, epoch: int, first: int) -> None:
+        """Choose the epoch, and in that one leave out the first keys, which a stopped run has seen.
+
+        Args:
+            epoch: The epoch.
+            first: How many keys of this process are left out; later epochs are whole. The length stays the whole one's.
+        """
+        self.epoch = self.resumed = epoch
+        self.first = first
+
     def __len__(self) -> int:
-        if self.samples is not None:
-            return self.samples
-        if self.order is not None:
-            return len(self.order)
-        return len(range(self.rank, self.size, self.world_size))
+        return self._share() if self.samples is None else self.samples
+
+    def _share(self) -> int:
+        """Keys of this process in a pass over the data."""
+        if self.own_order is not None:
+            return math.ceil(self.size / self.world_size)
+        return len(range(self.rank, self.size, self.world_size)) if self.order is None else len(self.order)
 
     def _pass(self, number: int) -> Sequence[int]:
         """This process's share of a pass over the data."""
+        if self.own_order is not None:
+            order = self.own_order(number, self.seed)
+            if len(order) != self.size:
+                raise ValueError(f"the source's order of epoch {number} has {len(order)} images of {self.size}")
+            places = range(self.rank, self._share() * self.world_size, self.world_size)
+            return [order[place % self.size] for place in places]
         if self.order is None:
             return range(self.rank, self.size, self.world_size)
         # RepeatAugSampler knows no seed of its own
@@ -145,7 +175,7 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
 
     def _stretch(self, samples: int) -> Iterator[int]:
         """The epoch's part of all passes one after the other."""
-        number, first = divmod(self.epoch * samples, len(self.order))
+        number, first = divmod(self.epoch * samples, self._share())
         while samples > 0:
             part = self._pass(number)[first : first + samples]
             yield from part
@@ -153,5 +183,6 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         numbers = self._pass(self.epoch) if self.samples is None else self._stretch(self.samples)
-        for position, i in enumerate(numbers):
+        first = self.first if self.epoch == self.resumed else 0
+        for position, i in enumerate(itertools.islice(numbers, first, None), first):
             yield self.epoch, position * self.world_size + self.rank, int(i)
