@@ -1,6 +1,7 @@
 """From a source of images to reproducible batches."""
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,12 +46,15 @@ class Samples(Dataset):
         self.transform: Any = transform
         self.seed = seed
         self.on_error, self.replace = on_error, replace
+        self._set_epoch: Callable[[int], None] | None = getattr(source, "set_epoch", None)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, i = key
+        if self._set_epoch:
+            self._set_epoch(epoch)
         skipped = []
         for step in range(len(self) if self.replace else 1):
             j = (i + step) % len(self)
@@ -82,11 +86,20 @@ def collate(items: list[Batch]) -> Batch:
     )
 
 
-class EpochSampler(Sampler[tuple[int, int, int]]):
+def samples_of(source: Any, transform: Callable[..., Any], **kwargs: Any) -> Samples:
+    """The samples of a source: ``Samples``, or the class that the source names as its ``samples_class``."""
+    return getattr(source, "samples_class", Samples)(source, transform, **kwargs)
+
+
+class EpochSampler(Sampler[tuple[int, int, Any]]):
     """Keys ``(epoch, position, i)`` of one process's share of an epoch; the order depends on (seed, epoch) alone.
 
+    A source of images may have an order of its own, in which it is quicker to read: its method
+    ``epoch_order(epoch, seed, rank, world_size)`` gives the images of one process, as many for each, and with the epoch
+    None those of an unshuffled pass. Repeated augmentation then repeats images within a process.
+
     Args:
-        dataset: Anything with a length.
+        dataset: Anything with a length; its attribute ``source`` may have an order.
         shuffle: Random order; otherwise each image once, in order.
         seed: Seed of the run.
         repeats: Repeated augmentation: each image that many times side by side, and as many fewer images an epoch.
@@ -117,41 +130,47 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         self.epoch = 0
         share = dict(num_replicas=world_size, rank=rank)
         self.order: Any = None
-        if shuffle and repeats > 1:
+        self.own: Any = getattr(getattr(dataset, "source", None), "epoch_order", None)
+        if self.own is not None:
+            self.length = len(self.own(0 if shuffle else None, seed, rank, world_size))
+        elif shuffle and repeats > 1:
             # the sampler rounds an epoch down to its own multiple of 256 images, which would leave small sets empty
             whole = 256 if self.size >= 256 * world_size else 0
             self.order = RepeatAugSampler(dataset, **share, num_repeats=repeats, selected_round=whole)
         elif shuffle:
             self.order = DistributedSampler(dataset, **share, seed=seed)
+        if self.own is None:
+            self.length = len(range(rank, self.size, world_size)) if self.order is None else len(self.order)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose keys come next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        if self.samples is not None:
-            return self.samples
-        if self.order is not None:
-            return len(self.order)
-        return len(range(self.rank, self.size, self.world_size))
+        return self.length if self.samples is None else self.samples
 
-    def _pass(self, number: int) -> Sequence[int]:
+    def _pass(self, number: int) -> Iterable[Any]:
         """This process's share of a pass over the data."""
+        if self.own is not None:
+            images = self.own(number if self.shuffle else None, self.seed, self.rank, self.world_size)
+            if not self.shuffle or self.repeats == 1:
+                return images
+            return islice((i for i in images for _ in range(self.repeats)), self.length)
         if self.order is None:
             return range(self.rank, self.size, self.world_size)
         # RepeatAugSampler knows no seed of its own
         self.order.set_epoch(seed_from(self.seed, number) % 2**32 if self.repeats > 1 else number)
-        return list(self.order)
+        return [int(i) for i in self.order]
 
-    def _stretch(self, samples: int) -> Iterator[int]:
+    def _stretch(self, samples: int) -> Iterator[Any]:
         """The epoch's part of all passes one after the other."""
-        number, first = divmod(self.epoch * samples, len(self.order))
+        number, first = divmod(self.epoch * samples, self.length)
         while samples > 0:
-            part = self._pass(number)[first : first + samples]
-            yield from part
-            number, first, samples = number + 1, 0, samples - len(part)
+            count = min(samples, self.length - first)
+            yield from islice(self._pass(number), first, first + count)
+            number, first, samples = number + 1, 0, samples - count
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         numbers = self._pass(self.epoch) if self.samples is None else self._stretch(self.samples)
         for position, i in enumerate(numbers):
-            yield self.epoch, position * self.world_size + self.rank, int(i)
+            yield self.epoch, position * self.world_size + self.rank, i
