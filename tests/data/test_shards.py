@@ -10,6 +10,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+import webdataset
 from helpers import assert_same_weights, train_run
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -72,7 +73,6 @@ def test_same_folder_gives_the_same_bytes(folder, shards, tmp_path):
 
 
 def test_webdataset_reads_what_was_written(shards):
-    webdataset = pytest.importorskip("webdataset")
     urls = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
     stream = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("jpeg", "cls")
     source = Shards(shards, "train")
@@ -82,7 +82,6 @@ def test_webdataset_reads_what_was_written(shards):
 
 
 def test_shards_that_webdataset_wrote_are_indexed(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
     with webdataset.ShardWriter(str(tmp_path / "x-%04d.tar"), maxcount=3, verbose=0) as writer:
         for i in range(7):
             buffer = io.BytesIO()
@@ -393,7 +392,7 @@ def test_run_on_shards_stops_and_resumes(folder, tmp_path, capsys):
         "data.workers=0",
         "data.batch_size=10",
         "data.window=2",
-        "data.transform={input_size: [3, 32, 32]}",
+        "+data.transform.input_size=[3,32,32]",
         "task.warmup_epochs=0",
         "task.epochs=2",
         "~logger.tensorboard",

@@ -1,8 +1,8 @@
 """Hugging Face ``datasets`` read as a stream: sets that are too large to be downloaded, or that are somewhere else.
 
-Each process of a training reads one stream, in its own main process, and numbers its rows before anything is decoded; the
-rows travel to the loader's workers as the keys of the samples, so that order and augmentation are the same for any number
-of workers. A position inside an epoch is found again by reading up to it without decoding.
+Each process of a training reads one stream and numbers its rows before anything is decoded; the rows travel to the
+loader's workers as the keys of the samples, so that order and augmentation are the same for any number of workers. A
+position inside an epoch is found again by reading up to it without decoding.
 """
 
 from collections.abc import Iterator
