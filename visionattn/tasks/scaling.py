@@ -15,7 +15,7 @@ IMAGES = 1_281_167  # of ImageNet-1K's training set
 IMAGE_BYTES = 115_000  # the published archive of them has 147.9 x 10**9 bytes
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 EFFICIENCY = {8: 0.95, 16: 0.92, 32: 0.9, 64: 0.88, 128: 0.85, 256: 0.8, 512: 0.75}  # assumed, not measured
-CORE_IMAGES_PER_SECOND = 100  # decoded and augmented by a core; docs/scaling.md says where that was measured
+CORE_IMAGES_PER_SECOND = 90  # decoded and augmented by a core; docs/scaling.md says where that was measured
 # 419 unexpected interruptions of 16,384 H100 in 54 days: Llama Team, "The Llama 3 Herd of Models", arXiv 2407.21783
 GPU_MTBF_HOURS = 54 * 24 * 16_384 / 419
 SAVE_SECONDS = 5.0  # assumed time that training waits for a checkpoint
