@@ -31,9 +31,8 @@ def test_hours_count_all_images():
 def test_page_without_markers_is_named(tmp_path):
     for folder in ("docs/benchmarks", "configs"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "docs" / "benchmarks" / "models.csv").write_bytes(
-        (ROOT / "docs" / "benchmarks" / "models.csv").read_bytes()
-    )
+    for name in ("docs/benchmarks/models.csv", "docs/models.md"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / scaling.PAGE).write_text("no tables here")
     with pytest.raises(ValueError, match=r"scaling\.md must hold the markers"):
         scaling.page_with_tables(tmp_path)

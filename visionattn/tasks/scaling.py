@@ -2,10 +2,10 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-import timm
 from omegaconf import OmegaConf
 
 from visionattn.tasks.config import write_text
@@ -75,7 +75,15 @@ def measured_throughput(root: Path) -> dict[str, tuple[float, str]]:
     return found
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def _parameters(root: Path) -> dict[str, float]:
+    """Millions of parameters by model, from the table of models, which is quicker than to make them all."""
+    page = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    return {
+        name: float(count) for name, count in re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+) M \|", page, re.MULTILINE)
+    }
+
+
+def _recipe(path: Path, parameters: dict[str, float]) -> dict[str, Any]:
     """What a recipe says of epochs, batch and rate, on 8 GPUs, and the size of its checkpoint."""
     configs, recipe = path.parents[2], OmegaConf.load(path)
     names = {key: value for entry in recipe.defaults for key, value in entry.items()}
@@ -83,7 +91,6 @@ def _recipe(path: Path) -> dict[str, Any]:
     trainer = OmegaConf.merge(OmegaConf.load(configs / "trainer" / "ddp.yaml"), recipe.get("trainer") or {})
     size = (recipe.data.get("transform") or {}).get("input_size", [3, 224, 224])[-1]
     name = OmegaConf.load(configs / "model" / f"{names['override /model']}.yaml").model_name
-    model = timm.create_model(name, device="meta")
     # weights and the optimizer's two averages of each, in float32
     copies = 3 + bool(task.ema_decay)
     batch = recipe.data.batch_size * trainer.devices * trainer.accumulate_grad_batches
@@ -94,7 +101,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         epochs=trainer.max_epochs,
         batch=batch,
         lr=task.lr * batch / task.lr_batch,
-        checkpoint=4e-6 * copies * sum(parameter.numel() for parameter in model.parameters()),
+        checkpoint=4 * copies * parameters[name],  # MB
     )
 
 
@@ -104,12 +111,12 @@ def _number(value: float) -> str:
 
 def recipe_table(root: Path) -> str:
     """Markdown table of the recipes of ``configs/experiment/imagenet``: steps, checkpoint and hours."""
-    rates = measured_throughput(root)
+    rates, parameters = measured_throughput(root), _parameters(root)
     columns = "recipe", "epochs", "batch", "learning rate", "steps", "checkpoint", "images/s of one GPU"
     hours = [f"hours on {gpus} GPUs" for gpus in (8, 64, 512)]
     lines = [f"| {' | '.join([*columns, *hours])} |", "|---" * (len(columns) + len(hours)) + "|"]
     for path in sorted((root / "configs" / "experiment" / "imagenet").glob("*.yaml")):
-        recipe = _recipe(path)
+        recipe = _recipe(path, parameters)
         rate = rates.get(recipe["model"]) if recipe["size"] == 224 else None
         cells = [
             f"`{recipe['name']}`",
