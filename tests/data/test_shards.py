@@ -123,16 +123,18 @@ def test_process_reads_few_shards_at_a_time(shards):
 
 @pytest.mark.parametrize("repeats, samples", [(1, None), (2, None), (1, 25)])
 def test_batches_do_not_depend_on_the_workers(shards, repeats, samples):
-    def batches(workers):
+    def batches(workers, first=0):
         data = Samples(Shards(shards, "train", window=2), to_tensor, seed=4)
         sampler = EpochSampler(data, True, 4, repeats, rank=1, world_size=2, samples=samples)
-        sampler.set_epoch(2)
+        sampler.resume(2, first)
         loader = DataLoader(data, 4, sampler=sampler, num_workers=workers, collate_fn=collate)
         found = list(loader)
-        assert sum(len(batch["name"]) for batch in found) == len(sampler) == (samples or 20)
+        assert sum(len(batch["name"]) for batch in found) == len(sampler) - first == (samples or 20) - first
         return found
 
     first, second = batches(0), batches(2)
+    rest = batches(1, 8)  # of a run that was stopped after two batches
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first[2:], rest, strict=True))
     assert [batch["name"] for batch in first] == [batch["name"] for batch in second]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, second, strict=True))
     if repeats == 2:
@@ -398,7 +400,7 @@ def test_run_on_shards_stops_and_resumes(folder, tmp_path, capsys):
         "~logger.tensorboard",
     ]
     whole = train_run(settings, tmp_path, "whole", "trainer.max_epochs=2")
-    train_run(settings, tmp_path, "parts", "trainer.max_epochs=1")
+    train_run(settings, tmp_path, "parts", "trainer.max_epochs=2", "+trainer.max_steps=6")  # inside the second epoch
     parts = train_run(settings, tmp_path, "parts", "trainer.max_epochs=2", "ckpt_path=last", "data.workers=1")
     assert_same_weights(whole, parts)
     with pytest.raises(SystemExit, match=r"40 images for 1 processes are 40 each, less than data\.batch_size=41"):

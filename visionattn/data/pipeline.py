@@ -99,7 +99,7 @@ class EpochSampler(Sampler[tuple[int, int, Any]]):
     None those of an unshuffled pass. Repeated augmentation then repeats images within a process.
 
     Args:
-        dataset: Anything with a length; its attribute ``source`` may have an order.
+        dataset: Anything with a length, and maybe a ``source`` with ``epoch_order``.
         shuffle: Random order; otherwise each image once, in order.
         seed: Seed of the run.
         repeats: Repeated augmentation: each image that many times side by side, and as many fewer images an epoch.
@@ -127,7 +127,8 @@ class EpochSampler(Sampler[tuple[int, int, Any]]):
         self.samples = samples if shuffle else None
         self.shuffle, self.seed, self.repeats, self.rank, self.world_size = shuffle, seed, repeats, rank, world_size
         self.size = len(dataset)
-        self.epoch = 0
+        self.epoch = self.first = 0
+        self.resumed: int | None = None
         share = dict(num_replicas=world_size, rank=rank)
         self.order: Any = None
         self.own: Any = getattr(getattr(dataset, "source", None), "epoch_order", None)
@@ -145,6 +146,16 @@ class EpochSampler(Sampler[tuple[int, int, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose keys come next."""
         self.epoch = epoch
+
+    def resume(self, epoch: int, first: int) -> None:
+        """Choose the epoch, and in that one leave out the first keys, which a stopped run has seen.
+
+        Args:
+            epoch: The epoch.
+            first: How many keys of this process are left out; later epochs are whole. The length stays the whole one's.
+        """
+        self.epoch = self.resumed = epoch
+        self.first = first
 
     def __len__(self) -> int:
         return self.length if self.samples is None else self.samples
@@ -172,5 +183,6 @@ class EpochSampler(Sampler[tuple[int, int, Any]]):
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         numbers = self._pass(self.epoch) if self.samples is None else self._stretch(self.samples)
-        for position, i in enumerate(numbers):
+        first = self.first if self.epoch == self.resumed else 0
+        for position, i in enumerate(islice(numbers, first, None), first):
             yield self.epoch, position * self.world_size + self.rank, i

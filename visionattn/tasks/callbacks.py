@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 _SCORES = ("val/ap", "val/ap50", "val/mask_ap", "val/sequence_score", "val/delta", "val/exact")
 _SHARES = (
@@ -17,6 +17,8 @@ _SHARES = (
     ("aAcc", "val/aacc"),
 )
 _BATCH_LINE_SECONDS = 60  # long epochs report that often
+_DATA_SHARE = 0.2  # of an epoch's training in which waiting for data is worth a warning,
+_DATA_SECONDS = 10  # unless it is short
 
 
 class SkippedImages(Callback):
@@ -51,12 +53,31 @@ class SkippedImages(Callback):
 
 
 class EpochLines(Callback):
-    """One line of progress an epoch, and one a minute inside long epochs; logs each epoch's seconds."""
+    """One line of progress an epoch, and one a minute inside long epochs; logs each epoch's seconds and waits for data.
+
+    A resumed epoch's seconds, images per second and waits are of the part after the resume.
+    """
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Start the clocks, for an epoch that goes on too."""
+        self._start(trainer)
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         """Start the clocks."""
+        self._start(trainer)
+
+    def _start(self, trainer: Any) -> None:
         self.start = self.last = time.perf_counter()
-        self.images = 0
+        self.images, self.validation = 0, 0.0
+        trainer.datamodule.clock.take()
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        """Stop the clock of training."""
+        self.validation -= time.perf_counter()
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Go on with the clock of training."""
+        self.validation += time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the images; a line once a minute."""
@@ -74,6 +95,9 @@ class EpochLines(Callback):
         """The epoch's line."""
         seconds = time.perf_counter() - self.start
         module.log("epoch_seconds", seconds, rank_zero_only=True)
+        waited = trainer.datamodule.clock.take()
+        share = min(waited / max(seconds - self.validation, 1e-9), 1.0)
+        module.log("data_share", share, rank_zero_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
         parts += [f"{name} {metrics[key]:.1%}" for name, key in _SHARES if key in metrics]
@@ -82,4 +106,12 @@ class EpochLines(Callback):
         ]
         parts += scores
         parts += [f"lr {metrics['lr']:.2g}"] if "lr" in metrics else []
-        rank_zero_info(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}, {seconds:.1f} s")
+        rank_zero_info(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}, "
+            f"data {share:.0%}, {seconds:.1f} s"
+        )
+        if share > _DATA_SHARE and waited > _DATA_SECONDS:
+            rank_zero_warn(
+                f"training waited {waited:.0f} s ({share:.0%}) of this epoch for data: raise data.workers "
+                f"(now {trainer.datamodule.config['workers']}), read smaller images, or pack them in shards"
+            )

@@ -24,6 +24,7 @@ class Hull(Training):
     """
 
     monitors = ("val/exact", "val/loss")
+    entry_points = ("loss", "generate")
     kind = "hull"
 
     def __init__(

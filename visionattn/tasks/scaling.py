@@ -93,7 +93,7 @@ def _recipe(path: Path, parameters: dict[str, float]) -> dict[str, Any]:
     name = OmegaConf.load(configs / "model" / f"{names['override /model']}.yaml").model_name
     # weights and the optimizer's two averages of each, in float32
     copies = 3 + bool(task.ema_decay)
-    batch = recipe.data.batch_size * trainer.devices * trainer.accumulate_grad_batches
+    batch = recipe.data.batch_size * GPUS[0] * trainer.accumulate_grad_batches
     return dict(
         name=path.stem,
         model=name,

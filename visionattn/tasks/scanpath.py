@@ -37,6 +37,7 @@ class Scanpath(Training):
     """
 
     monitors = ("val/sequence_score", "val/delta", "val/loss")
+    entry_points = ("loss", "encode", "teacher", "path_loss", "decode", "generate")
     kind = "scanpath"
 
     def __init__(

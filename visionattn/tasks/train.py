@@ -23,9 +23,11 @@ from visionattn.data.images import check_channels
 from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.config import write_text
+from visionattn.tasks.engine import machines, processes, strategy
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
+from visionattn.tasks.stopping import LastCheckpoint
 
 
 class ImageData(EpochData):
@@ -79,6 +81,15 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     if monitor not in monitors:
         raise ValueError(f"monitor={monitor} must be one of {', '.join(monitors)}")
     mode = "min" if monitor.endswith(("loss", "delta")) else "max"
+    group: Any = OmegaConf.to_container(config.trainer, resolve=True)
+    devices, nodes = machines(group.get("devices", "auto"), group.get("num_nodes", "auto"), group["accelerator"])
+    if group.get("sync_batchnorm") and group["accelerator"] == "cpu":
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs; set trainer=ddp, or trainer.sync_batchnorm=false")
+    if group.get("strategy") == "fsdp" and config.task.get("ema_decay"):
+        raise ValueError(
+            f"task.ema_decay={config.task.ema_decay} keeps whole averaged weights, which a sharded network cannot "
+            f"update; set task.ema_decay=null, or trainer=ddp"
+        )
     callbacks = [
         ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
@@ -86,6 +97,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
         ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
         SkippedImages(folder),
         EpochLines(),
+        LastCheckpoint(folder, config.checkpoint_every),
     ]
     if config.patience is not None:
         if config.patience < 1:
@@ -97,7 +109,10 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     if terminal:
         callbacks.append(RichProgressBar())
     return hydra.utils.instantiate(
-        config.trainer,
+        {k: v for k, v in group.items() if k not in ("devices", "num_nodes", "strategy")},
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy(group.get("strategy", "auto"), processes(devices) * nodes),
         default_root_dir=str(folder),
         callbacks=callbacks,
         logger=list(hydra.utils.instantiate(config.logger).values()),

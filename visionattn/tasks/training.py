@@ -1,4 +1,4 @@
-"""What every training shares: optimizer, learning rate by epoch or step, averaged weights."""
+"""What every training shares: optimizer, learning rate by epoch or step, averaged weights, going on inside an epoch."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+
+from visionattn.tasks.engine import compile_mode, compile_network, set_grad_checkpointing, shard
 
 SCHEDULES = ("cosine", "cosine_cycles", "exponential", "steps", "poly")
 
@@ -95,12 +97,17 @@ class Training(lightning.LightningModule):
         power: Exponent of ``"poly"``.
         channels_last: Keep kernels and images in memory with the channels last, which convolutions prefer on CPUs and
             in half precision on GPUs.
+        compile: Mode of ``torch.compile`` for the trained network (the averaged one, if validated, is not compiled).
+            State dicts keep their keys.
+        grad_checkpointing: Recompute blocks in the backward pass, for less memory and about a third more time.
 
     Raises:
-        ValueError: Another schedule.
+        ValueError: Another schedule or mode; a network that cannot recompute its blocks; averaged weights of a sharded
+            network.
     """
 
     monitors: tuple[str, ...] = ("val/top1", "val/top5", "val/loss")  # what the best checkpoint may be the best in
+    entry_points: tuple[str, ...] = ("forward",)  # methods of the network that a step or a validation calls
     kind = "classification"  # or one of ``visionattn.tasks.kinds.KINDS``
 
     def __init__(
@@ -122,15 +129,21 @@ class Training(lightning.LightningModule):
         channels_last: bool = False,
         milestones: Sequence[int] = (),
         power: float = 1.0,
+        compile: str | bool | None = None,
+        grad_checkpointing: bool = False,
     ):
         super().__init__()
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
+        self.compile_mode = compile_mode(compile)
+        if grad_checkpointing:
+            set_grad_checkpointing(model)
         self.channels_last = channels_last
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
         self.ema_eval = ema_eval
-        self.averaged_steps = 0
+        self.prepared = False
+        self.so_far: dict[str, Any] | None = None
         self.epochs, self.min_lr = epochs, min_lr
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
         self.optimizer_args = dict(opt=opt, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
@@ -152,6 +165,7 @@ class Training(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch."""
+        self.so_far = None  # of an epoch that is over
         if self.schedule_name == "cosine":
             self.schedule.step(self.current_epoch)
         else:
@@ -188,12 +202,69 @@ class Training(lightning.LightningModule):
         """The weights that validation measures."""
         return self.ema.module if self.ema is not None and self.ema_eval else self.model
 
-    def on_train_start(self) -> None:
-        """Count optimizer steps from where a resumed run stands."""
-        self.averaged_steps = self.global_step
+    def configure_model(self) -> None:
+        """Shard and compile the network, in this order, before any state is loaded."""
+        if self.prepared:  # Lightning calls this again for every further loop
+            return
+        self.prepared = True
+        if (mesh := self.device_mesh) is not None:
+            if self.ema is not None:
+                raise ValueError(
+                    "task.ema_decay keeps whole averaged weights, which a sharded network cannot update; set "
+                    "task.ema_decay=null, or trainer=ddp"
+                )
+            shard(self.model, mesh["data_parallel"], self.entry_points)
+        if self.compile_mode is not None:
+            compile_network(self.model, self.compile_mode, self.entry_points)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradient of an incomplete last group of batches the mean of that group.
+
+        Lightning divides every loss by ``accumulate_grad_batches``, also where an epoch ends with fewer batches.
+        """
+        group = self.trainer.accumulate_grad_batches
+        rest = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready % group
+        if rest:
+            gradients = (p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
+            for gradient in gradients:
+                gradient.mul_(group / rest)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step of the optimizer and then of the averaged weights, before any checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember what the epoch in progress had logged."""
+        self.so_far = checkpoint.get("epoch_so_far")
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Update the averaged weights, once for each step of the optimizer however many batches it took."""
-        if self.ema is not None and self.global_step > self.averaged_steps:
-            self.averaged_steps = self.global_step
-            self.ema.update(self.model)
+        """Join what the epoch logged before a resumed run went on to what it logs now."""
+        self._join_so_far()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the epoch in progress has logged, which Lightning would forget."""
+        self._join_so_far()
+        checkpoint["epoch_so_far"] = kept = {}
+        for result in self.trainer.fit_loop.epoch_loop._results.values():
+            if result.has_reset or not (result.is_tensor and result.meta.is_mean_reduction):
+                continue
+            sums = torch.stack([result.value.float(), result.cumulated_batch_size.float()])
+            if result.meta.sync.should:  # the checkpoint is of all processes
+                sums = self.trainer.strategy.reduce(sums, reduce_op="mean")
+            kept[result.meta.name] = tuple(sums.tolist())
+
+    def _join_so_far(self) -> None:
+        if self.so_far is None:
+            return
+        former, self.so_far = self.so_far, None
+        for result in self.trainer.fit_loop.epoch_loop._results.values():
+            if result.meta.name in former and not result.has_reset:
+                total, weight = former.pop(result.meta.name)
+                # in the order of the uninterrupted run, so that the mean is equal to the last bit in one process
+                result.value = total + result.value
+                result.cumulated_batch_size = weight + result.cumulated_batch_size
+                result._computed = None
+        for name, (total, weight) in former.items():  # the learning rate, logged once at the epoch's start
+            self.log(name, total / max(weight, 1), on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)

@@ -1,0 +1,136 @@
+"""Runs that end inside an epoch and go on with the next batch, equal to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from visionattn.cli import main
+from visionattn.tasks.stopping import LastCheckpoint, parse_interval
+
+# five batches in groups of two: the last group of an epoch is an incomplete one
+ARGUMENTS = [
+    "train",
+    "experiment=digits",
+    "model=test_biformer",
+    "trainer.max_epochs=2",
+    "+trainer.limit_train_batches=5",
+    "+trainer.limit_val_batches=1",
+    "data.batch_size=8",
+    "trainer.accumulate_grad_batches=2",
+    "task.ema_decay=0.5",
+]
+
+
+def content(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_equal(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(one, other):
+    a, b = content(one), content(other)
+    for key in ("epoch", "global_step", "state_dict", "optimizer_states", "loops"):
+        assert_equal(a[key], b[key], key)
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
+    for values in metrics:
+        values.pop("epoch_seconds"), values.pop("data_share")
+    assert metrics[0] == metrics[1]
+
+
+def stop_at(monkeypatch, epoch, batch, number=signal.SIGTERM):
+    def kill(self, trainer, module, *args):
+        if (trainer.current_epoch, args[1]) == (epoch, batch):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", kill)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    main([*ARGUMENTS, "data.workers=0", f"output_dir={folder}", "name=x"])
+    return folder / "x"
+
+
+@pytest.mark.parametrize(
+    ("workers", "later", "epoch", "batch"),
+    [
+        (0, 0, 0, 1),
+        pytest.param(1, 2, 1, 2, marks=pytest.mark.slow),  # told between two steps: saved after the second
+        pytest.param(2, 0, 0, 4, marks=pytest.mark.thorough),  # told in an epoch's last step: saved in the next epoch
+        pytest.param(0, 1, 1, 0, marks=pytest.mark.thorough),
+    ],
+)
+def test_stopped_run_goes_on_inside_its_epoch(tmp_path, whole, monkeypatch, capsys, workers, later, epoch, batch):
+    place = [f"output_dir={tmp_path}", "name=x"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, epoch, batch)
+        with pytest.raises(SystemExit) as stopped:
+            main([*ARGUMENTS, f"data.workers={workers}", *place])
+    assert stopped.value.code == 143
+    steps = content(tmp_path / "x")["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    assert 0 < steps["processed"] < 5
+    main([*ARGUMENTS, f"data.workers={later}", *place, "ckpt_path=last"])
+    assert_same_run(whole, tmp_path / "x")
+
+
+def test_checkpoints_between_change_nothing_and_other_batches_are_refused(tmp_path, whole, monkeypatch):
+    place = [f"output_dir={tmp_path}", "name=x", "data.workers=0"]
+    main([*ARGUMENTS, *place, "checkpoint_every=1"])
+    assert_same_run(whole, tmp_path / "x")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0, 1, signal.SIGINT)
+        with pytest.raises(SystemExit) as stopped:
+            main([*ARGUMENTS, *place, "overwrite=true"])
+    assert stopped.value.code == 130
+    with pytest.raises(SystemExit, match=r"data.batch_size 8, now 4"):
+        main([*ARGUMENTS, *place, "ckpt_path=last", "data.batch_size=4"])
+
+
+@pytest.mark.slow
+def test_terminated_process_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "visionattn.cli", *ARGUMENTS, f"output_dir={tmp_path}", "name=x"]
+    command += ["data.workers=0", "trainer.max_epochs=500", "checkpoint_every=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as run:
+        seen = next(line for line in run.stderr if "epoch 1/500" in line)
+        run.terminate()
+        rest = run.stderr.read()
+        assert run.wait(120) == 143, seen + rest
+    assert "SIGTERM: stopped in epoch" in rest and "ckpt_path=last" in rest and "Traceback" not in rest
+    assert content(tmp_path / "x")["global_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, (None, None)), (500, (500, None)), ("90s", (None, 90)), ("30m", (None, 1800)), ("2h", (None, 7200))],
+)
+def test_intervals(value, expected):
+    assert parse_interval(value) == expected
+
+
+@pytest.mark.parametrize("value", [0, "-3", "often", "1.5h", "0m", 2.5])
+def test_other_intervals_are_named(value):
+    with pytest.raises(ValueError, match="checkpoint_every="):
+        parse_interval(value)

@@ -1,0 +1,109 @@
+"""The last checkpoint inside an epoch: every some steps or minutes, and when a signal ends the run."""
+
+import re
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM's --signal=USR1@90 sends
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def parse_interval(value: Any) -> tuple[int | None, float | None]:
+    """Steps or seconds of ``checkpoint_every``: 500 steps, ``"30m"``, ``"2h"`` or ``"90s"``.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if value is None:
+        return None, None
+    found = re.fullmatch(r"(\d+)([smh]?)", str(value))
+    if not found or not int(found[1]):
+        raise ValueError(f"checkpoint_every={value} must be steps (500), minutes (30m), hours (2h), or null")
+    number, unit = int(found[1]), found[2]
+    return (None, float(number * _UNITS[unit])) if unit else (number, None)
+
+
+class LastCheckpoint(Callback):
+    """Writes ``last.ckpt`` inside epochs, from where a resumed run goes on with the next batch.
+
+    It is written behind a step of the optimizer only, since gradients that are not yet used are in no checkpoint; not
+    where a validation follows, which the resumed run would leave out, and not behind the last batch of an epoch, which
+    ends with a checkpoint of its own. What is due there is written after the next step.
+
+    SIGTERM, SIGINT and SIGUSR1 write it too and end the run with the exit code 128 + the signal's number (SIGUSR1: that
+    of SIGTERM); all processes stop at one step, whichever of them was told. A second signal ends the run at once.
+
+    Args:
+        folder: The run's folder.
+        every: See ``parse_interval``.
+
+    Raises:
+        ValueError: Another ``every``.
+    """
+
+    def __init__(self, folder: Path, every: Any = None):
+        self.folder, self.path = folder, folder / "checkpoints" / "last.ckpt"
+        self.steps, self.seconds = parse_interval(every)
+        self.signal = 0
+        self.former: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Start the clock, and take the signals."""
+        self.step, self.time = trainer.global_step, time.monotonic()
+        try:
+            # behind Lightning's own handlers, which end the process at once or at the end of the epoch
+            self.former = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        except ValueError:  # outside the main thread nobody may take signals
+            self.former = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = int(signal.SIGTERM) if number == signal.SIGUSR1 else number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self.former = {}
+
+    def _agree(self, trainer: Any) -> tuple[int, bool]:
+        """The signal that any process got, and whether any one's clock says that a checkpoint is due."""
+        late = self.seconds is not None and time.monotonic() - self.time >= self.seconds
+        if trainer.world_size == 1:
+            return self.signal, late
+        # processes that disagree would wait for each other for ever
+        told = torch.tensor([self.signal, int(late)], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        number, due = told.tolist()
+        return number, bool(due)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save if something asks for it and the run could go on from here."""
+        done, interval = batch_idx + 1, trainer.val_check_batch
+        last = done >= trainer.num_training_batches
+        validated = isinstance(interval, int) and done % interval == 0
+        if last or validated or done % trainer.accumulate_grad_batches:
+            return
+        number, late = self._agree(trainer)
+        due = self.steps is not None and trainer.global_step - self.step >= self.steps
+        if not (number or late or due):
+            return
+        trainer.save_checkpoint(self.path, weights_only=False)  # of a model: the state of the optimizer too
+        self.step, self.time = trainer.global_step, time.monotonic()
+        if number:
+            name = signal.Signals(number).name
+            rank_zero_info(
+                f"{name}: stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step}, saved in "
+                f"{self.path}; the same command with ckpt_path=last goes on from there"
+            )
+            raise SystemExit(128 + number)
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        """Give the signals back."""
+        self._give_back()
