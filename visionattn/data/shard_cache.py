@@ -110,6 +110,7 @@ class ShardCache:
             with FileLock(f"{path}.lock", timeout=-1 if wait else 0):
                 if not self._use(path):
                     self._fetch(shard, path)
+                    self._use(path)
                     self._shrink(path)
         except Timeout:
             return None
@@ -119,7 +120,7 @@ class ShardCache:
     def _use(path: Path) -> bool:
         """Whether the file is there; notes that it was wanted."""
         try:
-            os.utime(path)
+            os.utime(path, ns=(time.time_ns(), time.time_ns()))  # the file system's own clock is coarser
         except FileNotFoundError:
             return False
         return True
