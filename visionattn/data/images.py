@@ -1,5 +1,6 @@
 """Reading image files of every common kind, with errors that name the file."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +66,32 @@ def read_image(path: str | Path, in_chans: int = 3, exif: bool = False) -> Image
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
+    return _decode(path, str(path), path.stat().st_size, in_chans, exif)
+
+
+def decode_image(content: bytes, name: str, in_chans: int = 3) -> Image.Image:
+    """Decode the bytes of a picture's file completely.
+
+    Args:
+        content: What the file holds.
+        name: What errors call it.
+        in_chans: 1 for grey, 3 for RGB.
+
+    Returns:
+        A loaded image of mode ``L`` or ``RGB``.
+
+    Raises:
+        ValueError: The content is empty, truncated or no picture, or is a decompression bomb.
+    """
+    return _decode(io.BytesIO(content), name, len(content), in_chans, False)
+
+
+def _decode(file: Path | io.BytesIO, name: str, size: int, in_chans: int, exif: bool) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             if exif:
                 image = ImageOps.exif_transpose(image)
             return as_mode(image, in_chans)
     except (OSError, SyntaxError, Image.DecompressionBombError, EOFError, IndexError) as error:
-        size = path.stat().st_size
-        raise ValueError(f"cannot read image {path} ({size} bytes): {error}; repair or remove it") from error
+        raise ValueError(f"cannot read image {name} ({size} bytes): {error}; repair or remove it") from error

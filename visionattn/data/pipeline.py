@@ -1,8 +1,7 @@
 """From a source of images to reproducible batches."""
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,12 +46,15 @@ class Samples(Dataset):
         self.transform: Any = transform
         self.seed = seed
         self.on_error, self.replace = on_error, replace
+        self._set_epoch: Callable[[int], None] | None = getattr(source, "set_epoch", None)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, i = key
+        if self._set_epoch:
+            self._set_epoch(epoch)
         skipped = []
         for step in range(len(self) if self.replace else 1):
             j = (i + step) % len(self)
@@ -84,12 +86,17 @@ def collate(items: list[Batch]) -> Batch:
     )
 
 
-class EpochSampler(Sampler[tuple[int, int, int]]):
+def samples_of(source: Any, transform: Callable[..., Any], **kwargs: Any) -> Samples:
+    """The samples of a source: ``Samples``, or the class that the source names as its ``samples_class``."""
+    return getattr(source, "samples_class", Samples)(source, transform, **kwargs)
+
+
+class EpochSampler(Sampler[tuple[int, int, Any]]):
     """Keys ``(epoch, position, i)`` of one process's share of an epoch; the order depends on (seed, epoch) alone.
 
-    A source with the method ``epoch_order(epoch, seed)`` chooses the order of its images itself: a permutation of
-    their numbers, of which process ``r`` of ``n`` takes every ``n``-th from the ``r``-th on. The first ones are
-    repeated at the end where ``n`` does not divide their number, as ``DistributedSampler`` does.
+    A source of images may have an order of its own, in which it is quicker to read: its method
+    ``epoch_order(epoch, seed, rank, world_size)`` gives the images of one process, as many for each, and with the epoch
+    None those of an unshuffled pass. Repeated augmentation then repeats images within a process.
 
     Args:
         dataset: Anything with a length, and maybe a ``source`` with ``epoch_order``.
@@ -102,8 +109,7 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
             pass; None: one pass.
 
     Raises:
-        ValueError: ``samples`` below 1, or of no data; ``repeats`` with a source that has an order of its own; and from
-            iteration, an order of another length than the source.
+        ValueError: ``samples`` below 1, or of no data.
     """
 
     def __init__(
@@ -125,16 +131,17 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         self.resumed: int | None = None
         share = dict(num_replicas=world_size, rank=rank)
         self.order: Any = None
-        self.own_order = getattr(getattr(dataset, "source", None), "epoch_order", None) if shuffle else None
-        if self.own_order is not None:
-            if repeats > 1:
-                raise ValueError(f"data.repeats={repeats} of a source with an order of its own; set data.repeats=1")
+        self.own: Any = getattr(getattr(dataset, "source", None), "epoch_order", None)
+        if self.own is not None:
+            self.length = len(self.own(0 if shuffle else None, seed, rank, world_size))
         elif shuffle and repeats > 1:
             # the sampler rounds an epoch down to its own multiple of 256 images, which would leave small sets empty
             whole = 256 if self.size >= 256 * world_size else 0
             self.order = RepeatAugSampler(dataset, **share, num_repeats=repeats, selected_round=whole)
         elif shuffle:
             self.order = DistributedSampler(dataset, **share, seed=seed)
+        if self.own is None:
+            self.length = len(range(rank, self.size, world_size)) if self.order is None else len(self.order)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose keys come next."""
@@ -151,38 +158,31 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         self.first = first
 
     def __len__(self) -> int:
-        return self._share() if self.samples is None else self.samples
+        return self.length if self.samples is None else self.samples
 
-    def _share(self) -> int:
-        """Keys of this process in a pass over the data."""
-        if self.own_order is not None:
-            return math.ceil(self.size / self.world_size)
-        return len(range(self.rank, self.size, self.world_size)) if self.order is None else len(self.order)
-
-    def _pass(self, number: int) -> Sequence[int]:
+    def _pass(self, number: int) -> Iterable[Any]:
         """This process's share of a pass over the data."""
-        if self.own_order is not None:
-            order = self.own_order(number, self.seed)
-            if len(order) != self.size:
-                raise ValueError(f"the source's order of epoch {number} has {len(order)} images of {self.size}")
-            places = range(self.rank, self._share() * self.world_size, self.world_size)
-            return [order[place % self.size] for place in places]
+        if self.own is not None:
+            images = self.own(number if self.shuffle else None, self.seed, self.rank, self.world_size)
+            if not self.shuffle or self.repeats == 1:
+                return images
+            return islice((i for i in images for _ in range(self.repeats)), self.length)
         if self.order is None:
             return range(self.rank, self.size, self.world_size)
         # RepeatAugSampler knows no seed of its own
         self.order.set_epoch(seed_from(self.seed, number) % 2**32 if self.repeats > 1 else number)
-        return list(self.order)
+        return [int(i) for i in self.order]
 
-    def _stretch(self, samples: int) -> Iterator[int]:
+    def _stretch(self, samples: int) -> Iterator[Any]:
         """The epoch's part of all passes one after the other."""
-        number, first = divmod(self.epoch * samples, self._share())
+        number, first = divmod(self.epoch * samples, self.length)
         while samples > 0:
-            part = self._pass(number)[first : first + samples]
-            yield from part
-            number, first, samples = number + 1, 0, samples - len(part)
+            count = min(samples, self.length - first)
+            yield from islice(self._pass(number), first, first + count)
+            number, first, samples = number + 1, 0, samples - count
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         numbers = self._pass(self.epoch) if self.samples is None else self._stretch(self.samples)
         first = self.first if self.epoch == self.resumed else 0
-        for position, i in enumerate(itertools.islice(numbers, first, None), first):
-            yield self.epoch, position * self.world_size + self.rank, int(i)
+        for position, i in enumerate(islice(numbers, first, None), first):
+            yield self.epoch, position * self.world_size + self.rank, i

@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import visionattn
 from visionattn.data.images import check_channels
-from visionattn.data.pipeline import EpochSampler, Samples, collate
+from visionattn.data.pipeline import EpochSampler, collate, samples_of
 from visionattn.tasks.checkpoints import full_name, sha256
 from visionattn.tasks.config import compose
 from visionattn.tasks.networks import make_classifier
@@ -226,9 +226,8 @@ def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[st
     """
     data = {k: config.data.transform.get(k, v) for k, v in classifier.data_config.items()}
     data = {k: tuple(v) if isinstance(v, ListConfig | list) else v for k, v in data.items()}
-    samples = Samples(
-        source, create_transform(**data, is_training=False), config.seed, config.data.on_error, replace=False
-    )
+    kwargs = dict(seed=config.seed, on_error=config.data.on_error, replace=False)
+    samples = samples_of(source, create_transform(**data, is_training=False), **kwargs)
     loader = DataLoader(
         samples,
         batch_size=config.data.batch_size,

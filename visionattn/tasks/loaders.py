@@ -125,6 +125,11 @@ class EpochData(lightning.LightningDataModule):
         steps = self.config.get("epoch_steps") if train else None
         count = None if steps is None else steps * size
         sampler = EpochSampler(samples, train, self.seed, repeats, trainer.global_rank, trainer.world_size, count)
+        if train and sampler.own is not None and len(sampler) < size:
+            raise ValueError(
+                f"{len(samples)} images for {trainer.world_size} processes are {len(sampler)} each, less than "
+                f"data.batch_size={size}; use fewer processes or a smaller batch"
+            )
         # workers read ahead before the trainer says which epoch it resumes
         epoch, done = trainer.fit_loop.epoch_progress.current.processed, 0
         if train and trainer.fit_loop.restarting:

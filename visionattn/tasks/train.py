@@ -20,7 +20,7 @@ from torch import nn
 
 import visionattn
 from visionattn.data.images import check_channels
-from visionattn.data.pipeline import Samples, collate
+from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.config import write_text
 from visionattn.tasks.engine import machines, processes, strategy
@@ -48,8 +48,8 @@ class ImageData(EpochData):
         kwargs = dict(seed=seed, on_error=config["on_error"])
         # images may be resized in a random way for training only
         sized["interpolation"] = given.pop("train_interpolation", sized["interpolation"])
-        augmented = Samples(train, create_transform(**sized, **given, is_training=True), **kwargs)
-        plain = Samples(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
+        augmented = samples_of(train, create_transform(**sized, **given, is_training=True), **kwargs)
+        plain = samples_of(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
         super().__init__(config, augmented, plain, collate, seed)
         self.data_config = fixed
 
@@ -164,7 +164,8 @@ def train(config: DictConfig) -> dict[str, float]:
     lightning.seed_everything(config.seed, verbose=False)
     source = hydra.utils.instantiate(config.data.source, split=config.data.train_split)
     # a folder's validation labels must count the training split's classes
-    known = dict(classes=source.classes) if config.data.source._target_.endswith("ImageFolder") else {}
+    counted = config.data.source._target_.endswith(("ImageFolder", ".Shards"))
+    known = dict(classes=source.classes) if counted else {}
     val = hydra.utils.instantiate(config.data.source, split=config.data.val_split, **known)
     if resume:
         _check_classes(resume, source.classes)
