@@ -22,10 +22,13 @@ import visionattn
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import Samples, collate
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
+from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
+from visionattn.tasks.files import remove_stale
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
+from visionattn.tasks.saving import DurableCheckpointIO
 
 
 class ImageData(EpochData):
@@ -66,7 +69,10 @@ def _checkpoint(config: DictConfig, folder: Path) -> str | None:
 
 
 def _check_classes(path: str, classes: list[str]) -> None:
-    saved = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]["classes"]
+    try:
+        saved = read_torch_file(path)["hyper_parameters"]["classes"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"ckpt_path={path} is no checkpoint of a training run ({type(error).__name__})") from error
     if saved != classes:
         raise ValueError(
             f"{path} was trained on {len(saved)} classes ({', '.join(saved[:3])}, ...), the data has {len(classes)} "
@@ -100,6 +106,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
         config.trainer,
         default_root_dir=str(folder),
         callbacks=callbacks,
+        plugins=[DurableCheckpointIO()],
         logger=list(hydra.utils.instantiate(config.logger).values()),
         enable_progress_bar=terminal,
         use_distributed_sampler=False,
@@ -110,6 +117,8 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
 
 def _prepare(folder: Path, resume: str | None) -> None:
     """Make room for the files of a run; called when data and settings have proved usable."""
+    for place in (folder, folder / "checkpoints"):
+        remove_stale(place)
     if resume is None:
         for name in ("checkpoints", "logs", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -143,6 +152,7 @@ def train(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: Settings that do not fit each other, the data or the checkpoint.
         FileNotFoundError: Missing data or checkpoint.
+        SavingError: The disk is full, or the folder cannot be written to; former checkpoints are intact.
     """
     folder = Path(config.output_dir, config.name)
     resume = _checkpoint(config, folder)
