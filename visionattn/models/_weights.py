@@ -190,9 +190,7 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
             overlay = kwargs.get("pretrained_cfg_overlay") or {}
             kwargs["pretrained_cfg_overlay"] = {**overlay, "file": source, "source": None}
     elif stated and pretrained:
-        raise ValueError(
-            "sha256 is of a file, an address or the Hugging Face hub, not of weights in memory or a folder"
-        )
+        raise ValueError("sha256 is of a file, an address or the hub, not of a folder or weights in memory")
     try:
         if source:  # timm itself would prefer averaged weights, which the published figures are not of
             _files.check_archive(source)

@@ -47,8 +47,8 @@ def _sync(path: Path) -> None:
 def replaced(path: Path, needed: int | None = None) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when the block ends without an error.
 
-    The content reaches the disk before the name does, so that not even a machine that fails leaves half a file. After an
-    error the temporary file is gone; after a kill it stays for ``remove_stale``.
+    The content reaches the disk before the name does, so that not even a machine that fails leaves half a file. After
+    an error the temporary file is gone; after a kill it stays for ``remove_stale``.
 
     Args:
         path: The file; its folder is made if need be.

@@ -15,9 +15,9 @@ class DurableCheckpointIO(CheckpointIO):
     """Writes a checkpoint completely or not at all, and reads nothing but tensors and plain values.
 
     Lightning 2.6 neither waits for the disk before it renames nor passes on a refused permission (its issues 19970 and
-    21800). Here the file is written under a temporary name and synced, renamed, and its folder synced; every error of the
-    disk ends the run with the former checkpoint in place. The process needs the checkpoint's size in memory once more,
-    as with Lightning's own.
+    21800). Here the file is written under a temporary name and synced, renamed, and its folder synced; every error of
+    the disk ends the run with the former checkpoint in place. The process needs the checkpoint's size in memory once
+    more, as with Lightning's own.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
