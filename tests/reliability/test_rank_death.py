@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,9 +65,8 @@ def test_rank_that_dies_ends_the_other_and_a_restart_goes_on(pictures, tmp_path,
 def children(process):
     """Numbers of a process's children and theirs."""
     found = []
-    with open(f"/proc/{process}/task/{process}/children") as file:
-        for child in map(int, file.read().split()):
-            found += [child, *children(child)]
+    for child in map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()):
+        found += [child, *children(child)]
     return found
 
 
@@ -83,7 +83,7 @@ def test_launchers_end_when_a_rank_dies(pictures, tmp_path, launcher):
         deadline = time.monotonic() + PATIENCE
         while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        ranks = [pid for pid in children(process.pid) if b"visionattn.cli" in open(f"/proc/{pid}/cmdline", "rb").read()]
+        ranks = [pid for pid in children(process.pid) if b"visionattn.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(max(ranks), signal.SIGKILL)
         killed = time.monotonic()
         assert process.wait(SECONDS) != 0

@@ -207,14 +207,15 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
             if isinstance(getattr(module, "pretrained_cfg", None), dict):
                 module.pretrained_cfg["state_dict"] = None
         return model
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{source or variant}: the checkpoint holds objects other than tensors and was not unpickled, since that "
-            "could run code; save its state dict as .safetensors with a tool you trust"
-        ) from error
     except Exception as error:  # readers raise a dozen types for damaged files
         if not source or isinstance(error, TypeError):  # an unknown argument of the constructor
             raise
         if url and not _readable(source):  # a connection that broke leaves a short file in the cache
             Path(source).unlink(missing_ok=True)
+        # timm's own text, of which this is the cause, advises to unpickle all the same
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{source}{url and ' from ' + url} is damaged or no checkpoint, or holds objects other than tensors; it "
+                "was not unpickled, since that could run code; save its weights as .safetensors with a tool you trust"
+            ) from error
         raise ValueError(f"cannot load {source}{url and ' from ' + url} into {variant}: {error}") from error
