@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except Exception as error:
-        user_error = isinstance(error, ValueError | FileNotFoundError | ImportError)
+        user_error = isinstance(error, ValueError | OSError | ImportError)
         if not user_error and type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
             raise
         text = str(error).strip()

@@ -5,6 +5,7 @@ unnoticed, its errors name no file, and of a file with trained and averaged weig
 download cache is keyed by the last part of an address, which is the same word for all files of some file shares.
 """
 
+import logging
 import os
 import pickle
 import re
@@ -16,27 +17,32 @@ from typing import Any, TypeVar
 import torch
 from timm.models import build_model_with_cfg, load_state_dict
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
+from visionattn import _files
+
+_log = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
 Replacement = str | Callable[[re.Match[str]], str]
 Filter = Callable[[Weights, nn.Module], Weights]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def download_weights(url: str, name: str, cache_dir: str | Path | None = None) -> Path:
+def download_weights(url: str, name: str, cache_dir: str | Path | None = None, digest: str | None = None) -> Path:
     """Fetch a checkpoint once, under a name of its own.
 
     Args:
         url: Address of the file.
         name: File name in the cache, unique to the weights.
         cache_dir: Folder; ``checkpoints`` in torch's hub folder by default.
+        digest: SHA-256 that the file must have; where it is not known, the log shows the one that was found.
 
     Returns:
-        Path of the complete file (it is downloaded to a temporary name and renamed).
+        Path of the complete file (it is downloaded to a temporary name, checked and renamed).
 
     Raises:
-        RuntimeError: The address does not answer with a file.
+        RuntimeError: The address does not answer with a file, or with another than the digest says.
     """
     folder = Path(cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints"))
     path = folder / name
@@ -44,13 +50,66 @@ def download_weights(url: str, name: str, cache_dir: str | Path | None = None) -
         return path
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=True)
+    except (urllib.error.URLError, OSError, ValueError, RuntimeError) as error:  # the last of another digest
         raise RuntimeError(
             f"the published weights at {url} cannot be had ({error}); get the file another way and pass "
             'pretrained_cfg_overlay=dict(file="..."), or use pretrained=False'
         ) from error
+    if digest is None:
+        _log.info(
+            "%s: nobody has stated its SHA-256; this download has %s, which pretrained_cfg_overlay=dict(sha256=...) "
+            "checks from now on",
+            url,
+            _files.sha256(path),
+        )
     return path
+
+
+def _hub_file(repository: str, filename: str | None, cache_dir: str | Path | None) -> str:
+    """A file of the Hugging Face hub in its cache, by default the safetensors that timm prefers."""
+    name = filename or "model.safetensors"
+    try:
+        return download_from_hf(repository, name, cache_dir=cache_dir)
+    except Exception as error:  # of the hub's client, which raises a dozen types
+        raise RuntimeError(
+            f"{name} of {repository} on the Hugging Face hub cannot be had ({error}); name another file with "
+            'pretrained_cfg_overlay=dict(hf_hub_filename="..."), or leave out sha256'
+        ) from error
+
+
+def _take_digest(kwargs: dict[str, Any]) -> str | None:
+    """``sha256`` of the overlay, which timm's configurations do not know, taken out of it."""
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    if "sha256" not in overlay:
+        return None
+    text = overlay.pop("sha256")
+    kwargs["pretrained_cfg_overlay"] = overlay
+    return _files.check_digest_text(text, "pretrained_cfg_overlay: sha256")
+
+
+def _fetch(cfg: Any, stated: str | None, cache_dir: str | Path | None) -> tuple[str, str]:
+    """File of the weights and the address that it came from; of a file on the hub only if its digest is known.
+
+    Raises:
+        ValueError: The file has another digest than the overlay or the index of converted checkpoints states.
+    """
+    name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
+    address = "" if cfg.file else cfg.hf_hub_id or cfg.url or ""
+    digest = stated or (address and _files.known_digest(name, address)) or None
+    origin = "pretrained_cfg_overlay" if stated else "checkpoints/index.csv"
+    path = ""
+    if cfg.file:
+        path = str(cfg.file)
+    elif cfg.hf_hub_id:
+        path = _hub_file(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir) if digest else ""
+    elif cfg.url:
+        path = str(download_weights(cfg.url, f"{cfg.architecture}.{cfg.tag or 'default'}.pth", cache_dir, digest))
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path!r}; give the path of a .pth or .safetensors file")
+    if path and digest:
+        _files.verify_sha256(path, digest, origin)
+    return path, address
 
 
 def unwrap(state_dict: dict[str, Any]) -> Weights:
@@ -112,30 +171,29 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
         pretrained: Load weights.
         filter_fn: Renames the keys of published checkpoints.
         **kwargs: As for timm: ``pretrained_cfg``, ``pretrained_cfg_overlay``, ``features_only``, constructor arguments.
+            The overlay also takes ``sha256``, which the file of weights must have.
 
     Returns:
         The model, or timm's wrapper of it with ``features_only=True``.
 
     Raises:
         FileNotFoundError: The checkpoint file does not exist.
-        ValueError: The checkpoint is damaged, of another architecture, or holds more than tensors.
+        ValueError: The checkpoint is damaged, of another architecture or digest, or holds more than tensors.
         RuntimeError: There are no weights, or they cannot be downloaded.
     """
     source, url = "", ""
+    stated = _take_digest(kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not cfg.state_dict and not cfg.source:
-        if cfg.file:
-            source = str(cfg.file)
-        elif cfg.url and not cfg.hf_hub_id:
-            name = f"{cfg.architecture}.{cfg.tag or 'default'}.pth"
-            url = cfg.url
-            source = str(download_weights(cfg.url, name, kwargs.get("cache_dir")))
-        if source and not Path(source).is_file():
-            raise FileNotFoundError(f"no checkpoint at {source!r}; give the path of a .pth or .safetensors file")
+    if pretrained and not cfg.state_dict and cfg.source != "local-dir" and (stated or not cfg.source):
+        source, url = _fetch(cfg, stated, kwargs.get("cache_dir"))
         if source:
-            kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": source}
+            overlay = kwargs.get("pretrained_cfg_overlay") or {}
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "file": source, "source": None}
+    elif stated and pretrained:
+        raise ValueError("sha256 is of a file, an address or the hub, not of a folder or weights in memory")
     try:
         if source:  # timm itself would prefer averaged weights, which the published figures are not of
+            _files.check_archive(source)
             kwargs["pretrained_cfg_overlay"]["state_dict"] = load_state_dict(source, use_ema=False)
         model = build_model_with_cfg(
             cls,
@@ -149,14 +207,15 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
             if isinstance(getattr(module, "pretrained_cfg", None), dict):
                 module.pretrained_cfg["state_dict"] = None
         return model
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{source or variant}: the checkpoint holds objects other than tensors and was not unpickled, since that "
-            "could run code; save its state dict as .safetensors with a tool you trust"
-        ) from error
     except Exception as error:  # readers raise a dozen types for damaged files
         if not source or isinstance(error, TypeError):  # an unknown argument of the constructor
             raise
         if url and not _readable(source):  # a connection that broke leaves a short file in the cache
             Path(source).unlink(missing_ok=True)
+        # timm's own text, of which this is the cause, advises to unpickle all the same
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{source}{url and ' from ' + url} is damaged or no checkpoint, or holds objects other than tensors; it "
+                "was not unpickled, since that could run code; save its weights as .safetensors with a tool you trust"
+            ) from error
         raise ValueError(f"cannot load {source}{url and ' from ' + url} into {variant}: {error}") from error

@@ -1,26 +1,22 @@
 """Published checkpoints as safetensors under our own names, with digests that tell one file from another."""
 
 import csv
-import hashlib
 import io
-import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import load_state_dict
 
 import visionattn
+from visionattn import _files
+from visionattn._files import sha256
 from visionattn.tasks.config import write_text
+from visionattn.tasks.files import replaced
 
 COLUMNS = ("name", "file", "sha256", "bytes", "parameters", "source_file", "source_sha256", "source_url", "license")
-
-
-def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def full_name(model: Any) -> str:
@@ -31,11 +27,32 @@ def full_name(model: Any) -> str:
 
 def read_index(folder: Path) -> dict[str, dict[str, str]]:
     """Rows of ``folder/index.csv`` by name; none if there is no such file."""
-    path = folder / "index.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["name"]: row for row in csv.DictReader(file)}
+    return _files.read_index(folder / "index.csv")
+
+
+def read_torch_file(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Content of a file that ``torch.save`` wrote, if it is tensors and plain values.
+
+    Args:
+        path: File.
+        map_location: As in ``torch.load``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, no checkpoint, compressed, or holds other objects; nothing of it has run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    _files.check_archive(path)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged or no checkpoint, or holds objects other than tensors and plain values "
+            "(UnpicklingError); it was not unpickled, since that could run code"
+        ) from error
+    except Exception as error:  # torch raises a dozen types for damaged files
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
 
 def _write_index(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -55,7 +72,8 @@ def convert_checkpoint(name: str, source: str | Path, folder: str | Path, url: s
         name: timm name, with a tag (``"biformer_s.in1k"``) or for the model's default one.
         source: Official .pth or .safetensors file.
         folder: Where ``NAME.TAG.safetensors`` and the index go.
-        url: Where the source came from; by default the address that the model's configuration states.
+        url: Where the source came from; by default the address, or the repository of the Hugging Face hub, that the
+            model's configuration states.
 
     Returns:
         Path of the new file (written under a temporary name and renamed; an existing one is replaced).
@@ -74,13 +92,9 @@ def convert_checkpoint(name: str, source: str | Path, folder: str | Path, url: s
     cfg, weights = model.pretrained_cfg, model.state_dict()
     identifier, digest = full_name(model), sha256(source)
     path = folder / f"{identifier}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(weights, temporary, dict(name=identifier, source_sha256=digest, visionattn=visionattn.__version__))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary:
+        content = save(weights, dict(name=identifier, source_sha256=digest, visionattn=visionattn.__version__))
+        temporary.write_bytes(content)
     rows: dict[str, dict[str, Any]] = {**read_index(folder)}
     rows[identifier] = dict(
         name=identifier,
@@ -90,7 +104,7 @@ def convert_checkpoint(name: str, source: str | Path, folder: str | Path, url: s
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         source_file=source.name,
         source_sha256=digest,
-        source_url=url or cfg.get("url") or "",
+        source_url=url or cfg.get("url") or cfg.get("hf_hub_id") or "",
         license=cfg.get("license") or "",
     )
     _write_index(folder, rows)

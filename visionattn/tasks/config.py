@@ -1,12 +1,15 @@
 """The Hydra configurations of the package, and files that are never seen half written."""
 
-import os
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import visionattn
+from visionattn.tasks.files import replaced
 
 
 def config_folder() -> Path:
@@ -21,9 +24,56 @@ def compose(overrides: list[str]) -> DictConfig:
         return hydra.compose("train", overrides=overrides)
 
 
+def _own_source(target: Any) -> bool:
+    """Whether ``target`` names a class that is defined in ``visionattn.data``."""
+    module, _, name = str(target).rpartition(".")
+    if not module.startswith("visionattn.data."):
+        return False
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError:  # a name inside a class, or no module
+        return False
+    return isinstance(found, type) and found.__module__ == module
+
+
+def _targets(node: Any, key: str) -> dict[str, Any]:
+    """Every ``_target_`` below a node by its dotted key."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    found = {}
+    for name, value in items:
+        found |= {f"{key}._target_": value} if name == "_target_" else _targets(value, f"{key}.{name}")
+    return found
+
+
+def check_sources(config: DictConfig, path: Path, overrides: Sequence[str]) -> None:
+    """Refuse a run's configuration that would call anything but this package's sources of data.
+
+    Hydra calls whatever a ``_target_`` names, so that a run's folder from somebody else could run any program.
+
+    Args:
+        config: The file's with the changes of the command.
+        path: The file, for the message.
+        overrides: ``key=value`` of the command: what the user says is trusted.
+
+    Raises:
+        ValueError: A ``_target_`` below ``data`` that is neither a class of ``visionattn.data`` nor in ``overrides``.
+    """
+    said = {text.lstrip("+").partition("=")[0] for text in overrides}
+    # resolved, since an interpolation may stand for a whole node
+    data = OmegaConf.to_container(config.data, resolve=True) if "data" in config else {}
+    for key, target in _targets(data, "data").items():
+        if key not in said and not _own_source(target):
+            raise ValueError(
+                f"{path} names {key}={target}, which is no source of data of visionattn and was not called, since "
+                f"it could run any program; if you trust it, say so: {key}={target}"
+            )
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a file under a temporary name and rename it.
+
+    Raises:
+        SavingError: It cannot be written there.
+    """
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

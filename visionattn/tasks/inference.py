@@ -1,6 +1,5 @@
 """Using a trained classifier: evaluation on a split, and predictions for pictures."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy
 import visionattn
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, collate, samples_of
-from visionattn.tasks.checkpoints import full_name, sha256
-from visionattn.tasks.config import compose
+from visionattn.tasks.checkpoints import full_name, read_torch_file, sha256
+from visionattn.tasks.config import check_sources, compose
+from visionattn.tasks.files import replaced
 from visionattn.tasks.networks import make_classifier
 
 _BATCH = 32  # pictures predicted at once
@@ -60,10 +60,10 @@ def read_checkpoint(run: str | Path, averaged: bool | None) -> tuple[Path, dict[
     path = checkpoint_of(run)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the folder of a finished run or a .ckpt file")
+    content = read_torch_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         hparams, weights = dict(content["hyper_parameters"]), content["state_dict"]
-    except Exception as error:  # torch raises a dozen types for damaged files
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of a training run, or damaged ({type(error).__name__})") from error
     prefix = "ema.module." if (hparams.get("averaged", False) if averaged is None else averaged) else "model."
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -147,7 +147,7 @@ def run_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]
 
     Raises:
         FileNotFoundError: There is no configuration.
-        ValueError: A change of a key that it does not have.
+        ValueError: A change of a key that it does not have, or a source of data that is not of this package.
     """
     folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
     if not (folder / "config.yaml").is_file():
@@ -155,7 +155,9 @@ def run_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]
     config = OmegaConf.load(folder / "config.yaml")
     if not isinstance(config, DictConfig):
         raise ValueError(f"{folder / 'config.yaml'} is no configuration of a run")
-    return _changed(config, overrides), folder
+    config = _changed(config, overrides)
+    check_sources(config, folder / "config.yaml", overrides)
+    return config, folder
 
 
 def evaluate_run(run: str | Path, overrides: list[str], averaged: bool | None = None) -> dict[str, Any]:
@@ -325,7 +327,5 @@ def draw(images: list[Image.Image], titles: list[str], output: Path, colors: lis
 
 def save_figure(figure: Any, output: Path) -> None:
     """Write a matplotlib figure as PNG under a temporary name and rename it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.part")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(output)
+    with replaced(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

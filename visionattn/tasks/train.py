@@ -22,11 +22,14 @@ import visionattn
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
+from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
 from visionattn.tasks.engine import machines, processes, strategy
+from visionattn.tasks.files import remove_stale
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
+from visionattn.tasks.saving import DurableCheckpointIO
 from visionattn.tasks.stopping import LastCheckpoint
 
 
@@ -61,14 +64,19 @@ def _checkpoint(config: DictConfig, folder: Path) -> str | None:
         if last.exists() and not config.overwrite:
             raise ValueError(f"{folder} holds a run; resume it with ckpt_path=last, or set name=... or overwrite=true")
         return None
-    path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
+    if config.ckpt_path == "auto" and not last.exists():
+        return None
+    path = last if config.ckpt_path in ("last", "auto") else Path(config.ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: no checkpoint at {path}; start without ckpt_path")
     return str(path)
 
 
 def _check_classes(path: str, classes: list[str]) -> None:
-    saved = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]["classes"]
+    try:
+        saved = read_torch_file(path)["hyper_parameters"]["classes"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"ckpt_path={path} is no checkpoint of a training run ({type(error).__name__})") from error
     if saved != classes:
         raise ValueError(
             f"{path} was trained on {len(saved)} classes ({', '.join(saved[:3])}, ...), the data has {len(classes)} "
@@ -115,6 +123,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
         strategy=strategy(group.get("strategy", "auto"), processes(devices) * nodes),
         default_root_dir=str(folder),
         callbacks=callbacks,
+        plugins=[DurableCheckpointIO()],
         logger=list(hydra.utils.instantiate(config.logger).values()),
         enable_progress_bar=terminal,
         use_distributed_sampler=False,
@@ -125,6 +134,8 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
 
 def _prepare(folder: Path, resume: str | None) -> None:
     """Make room for the files of a run; called when data and settings have proved usable."""
+    for place in (folder, folder / "checkpoints"):
+        remove_stale(place)
     if resume is None:
         for name in ("checkpoints", "logs", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -158,6 +169,7 @@ def train(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: Settings that do not fit each other, the data or the checkpoint.
         FileNotFoundError: Missing data or checkpoint.
+        SavingError: The disk is full, or the folder cannot be written to; former checkpoints are intact.
     """
     folder = Path(config.output_dir, config.name)
     resume = _checkpoint(config, folder)

@@ -141,6 +141,8 @@ class Training(lightning.LightningModule):
         self.channels_last = channels_last
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+        if self.ema is not None:  # DDP would wait for the gradients of the copy
+            self.ema.requires_grad_(False)
         self.ema_eval = ema_eval
         self.prepared = False
         self.so_far: dict[str, Any] | None = None

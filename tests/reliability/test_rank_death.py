@@ -1,0 +1,97 @@
+"""One of two processes that train together dies: the other ends soon and says so, and a restart goes on."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import FORKS, PATIENCE, finish, make_pictures, start, training
+
+SECONDS = 60  # until the other process must have ended
+# the epochs of one process are halved by two, so half the batch keeps the number of steps
+TWO = ["trainer.devices=2", "+trainer.strategy=ddp", "data.batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def start_ranks(arguments, folder, steps=None):
+    """Two processes with the variables by which torchrun tells each its rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    shared |= dict(LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+    return [
+        start(arguments, folder / f"rank{rank}.log", told, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, told in enumerate((steps, None))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [1, pytest.param(0, marks=pytest.mark.thorough)])
+def test_rank_that_dies_ends_the_other_and_a_restart_goes_on(pictures, tmp_path, dead):
+    receiver, sender = FORKS.Pipe(duplex=False)
+    ranks = start_ranks(training(pictures, tmp_path, "two", *TWO), tmp_path, sender)
+    sender.close()
+    try:
+        for _ in range(6):  # into the second of three epochs
+            assert receiver.poll(PATIENCE), (tmp_path / "rank0.log").read_text()
+            receiver.recv()
+        ranks[dead].kill()
+        killed = time.monotonic()
+        other = ranks[1 - dead]
+        other.join(SECONDS)
+        print(f"rank {1 - dead} ended {time.monotonic() - killed:.1f} s after rank {dead} with {other.exitcode}")
+        assert other.exitcode not in (None, 0), (tmp_path / f"rank{1 - dead}.log").read_text()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join(PATIENCE)
+    last = tmp_path / "two" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+    for rank, process in enumerate(start_ranks(training(pictures, tmp_path, "two", *TWO, "ckpt_path=last"), tmp_path)):
+        finish(process, tmp_path / f"rank{rank}.log")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+
+
+def children(process):
+    """Numbers of a process's children and theirs."""
+    found = []
+    for child in map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()):
+        found += [child, *children(child)]
+    return found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_launchers_end_when_a_rank_dies(pictures, tmp_path, launcher):
+    modules = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"] if launcher == "torchrun" else []
+    command = [sys.executable, "-m", *modules, "visionattn.cli"]
+    command += training(pictures, tmp_path, "two", *TWO, "trainer.max_epochs=1000")
+    last = tmp_path / "two" / "checkpoints" / "last.ckpt"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ranks = [pid for pid in children(process.pid) if b"visionattn.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(max(ranks), signal.SIGKILL)
+        killed = time.monotonic()
+        assert process.wait(SECONDS) != 0
+        while any(os.path.exists(f"/proc/{pid}") for pid in ranks) and time.monotonic() < killed + SECONDS:
+            time.sleep(0.1)
+        print(f"{launcher} ended after {time.monotonic() - killed:.1f} s with {process.returncode}")
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+    finally:
+        process.kill()
+        process.wait()
+    assert torch.load(last, weights_only=True)["state_dict"]
