@@ -1,0 +1,13 @@
+"""What a model looks at: attention, routed regions, gates, dynamic kernels, class activation, receptive fields.
+
+>>> from visionattn.explain import record
+>>> with record(model) as maps:
+...     model(image)
+"""
+
+from visionattn.explain.attention import Attention, ChannelMixing
+from visionattn.explain.pictures import overlay
+from visionattn.explain.recording import Recording, record
+from visionattn.explain.routing import RoutedRegions, routed_regions
+
+__all__ = ["Attention", "ChannelMixing", "Recording", "RoutedRegions", "overlay", "record", "routed_regions"]
