@@ -95,6 +95,8 @@ def test_mode_and_hooks_are_restored(model, image):
     model.train()
     try:
         routed_regions(model, image, (0, 0))
+        with record(model), pytest.raises(ValueError, match="call model.eval"):
+            model(image)
         assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     finally:
         model.eval()

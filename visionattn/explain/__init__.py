@@ -5,9 +5,20 @@
 ...     model(image)
 """
 
-from visionattn.explain.attention import Attention, ChannelMixing
+from visionattn.explain.attention import Attention, ChannelMixing, DynamicKernels
+from visionattn.explain.gates import Gate
 from visionattn.explain.pictures import overlay
 from visionattn.explain.recording import Recording, record
 from visionattn.explain.routing import RoutedRegions, routed_regions
 
-__all__ = ["Attention", "ChannelMixing", "Recording", "RoutedRegions", "overlay", "record", "routed_regions"]
+__all__ = [
+    "Attention",
+    "ChannelMixing",
+    "DynamicKernels",
+    "Gate",
+    "Recording",
+    "RoutedRegions",
+    "overlay",
+    "record",
+    "routed_regions",
+]

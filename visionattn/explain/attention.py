@@ -1,23 +1,19 @@
-"""The weights of attention layers, recomputed from their inputs and their own projections.
+"""The weights of attention layers in one form, row by row.
 
-Fused kernels never form these weights, so nothing can be read from them. Every layer here is brought to one form: over
-the pixels of the layer's (padded) map a query has scores with all keys, some are masked, a bias may be added, and a
+Over the pixels of a layer's (padded) map a query has scores with all keys, some are masked, a bias may be added, and a
 softmax follows. Rows of the matrix are made when they are asked for; all of it would be large.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from visionattn.layers import RoutingAttention
-from visionattn.models.biformer import DenseAttention
-from visionattn.ops import crop, pad_to_multiple, region_mean, topk_regions
+from torch import Tensor
 
 ROWS = 256  # of the matrix of weights at once: 256 queries of a map of 128 x 128 are 16 MB per head
+
+HALVES = ("high", "low", "small kernel", "large kernel")
 
 
 @dataclass
@@ -29,7 +25,8 @@ class Attention:
     Args:
         layer: Name of the module in the model.
         stage: Stage of the module, counted from 1; 0 for modules outside the stages.
-        kind: ``routed``, ``dense``, ``neighbourhood``, ``window``, ``high``, ``low``, ``distance`` or ``linear``.
+        kind: ``routed`` or ``dense`` (BiFormer), ``neighbourhood`` (NAT), ``window`` (DaViT), ``high`` or ``low``
+            (LITv2), ``distance`` (PATNet), ``linear`` (LGViT), ``small kernel`` or ``large kernel`` (OverLoCK).
         size: Height and width of the map.
         padded: Height and width of the padded map.
         query: ``[B, heads, N, head_dim]``.
@@ -64,6 +61,11 @@ class Attention:
     def heads(self) -> int:
         """Number of heads."""
         return self.query.shape[1]
+
+    @property
+    def name(self) -> str:
+        """The layer, and which half of it where a layer has two kinds of heads."""
+        return f"{self.layer}.{self.kind.replace(' ', '_')}" if self.kind in HALVES else self.layer
 
     def weights(self, queries: Tensor) -> Tensor:
         """What each query attends to.
@@ -109,12 +111,49 @@ class LinearAttention(Attention):
     """Weights of linear attention: products of positive features, turned by the angles of their pixels, over a sum.
 
     The sum is taken before the turn, so weights may be negative and need not sum to 1. ``query`` and ``key`` are the
-    turned features, ``bias`` gives the divisors ``[B, heads, Q, 1]``.
+    turned features; ``bias`` gives the divisors, ``[B, heads, Q, 1]``.
+
+    Reference: HER-Seg, arXiv:2504.06205.
     """
 
     def _rows(self, queries: Tensor) -> Tensor:
         assert self.bias is not None
         return self.scale * self.query[:, :, queries] @ self.key.transpose(2, 3) / self.bias(queries)
+
+
+class DynamicKernels(Attention):
+    """Kernels of a dynamic convolution as weights over the map, one kernel per pixel and group of channels.
+
+    ``query`` holds logits of the taps, relative positions included, ``[B, groups, N, taps]``; ``key`` the pixels that
+    the taps lie on, ``[N, taps]``. Windows are moved inward at the borders. Where the layer enlarges a small map,
+    ``padded`` is the size that it works at.
+
+    Reference: ContMix of OverLoCK, arXiv:2502.20087.
+    """
+
+    def kernel(self, row: int, column: int) -> Tensor:
+        """The kernel at one pixel of the map, ``[B, groups, side, side]``; each sums to 1."""
+        taps = self.query[:, :, self._number(row, column)].softmax(dim=-1)
+        side = round(taps.shape[-1] ** 0.5)
+        return taps.unflatten(-1, (side, side))
+
+    def at(self, row: int, column: int) -> Tensor:
+        """The kernel at one pixel where it lies on the map, ``[B, groups, H, W]``, sum 1."""
+        weights = self.weights(torch.tensor([self._number(row, column)], device=self.query.device))[:, :, 0]
+        if self.padded == self.size:
+            return weights
+        weights = F.adaptive_avg_pool2d(weights, self.size)
+        return weights / weights.sum(dim=(2, 3), keepdim=True)
+
+    def _number(self, row: int, column: int) -> int:
+        """Pixel of the enlarged map in the middle of one of the map."""
+        i, j = (int((n + 0.5) * b / a) for n, a, b in zip((row, column), self.size, self.padded, strict=True))
+        return i * self.padded[1] + j
+
+    def _rows(self, queries: Tensor) -> Tensor:
+        taps = self.query[:, :, queries].softmax(dim=-1)
+        rows = taps.new_zeros(*taps.shape[:3], self.padded[0] * self.padded[1])
+        return rows.scatter_(3, self.key[queries].expand_as(taps), taps)
 
 
 @dataclass
@@ -142,72 +181,3 @@ class ChannelMixing:
         """The layer's output made from the recomputed weights, ``[B, H, W, C]``."""
         mixed = (self.query @ self.weights.transpose(2, 3)).transpose(1, 2).flatten(2)
         return self.finish(mixed.view(*self.expected.shape[:3], -1))
-
-
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in float32 at least, whatever the model's precision."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
-
-
-def _depthwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution of ``[B, H, W, C]`` in the precision of ``x``."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    y = F.conv2d(x.permute(0, 3, 1, 2), layer.weight.to(x.dtype), bias, padding=layer.padding, groups=layer.groups)
-    return y.permute(0, 2, 3, 1)
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, H, W, C]`` to ``[B, heads, N, C / heads]``."""
-    return x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _sides(x: Tensor) -> tuple[int, int]:
-    return x.shape[1], x.shape[2]
-
-
-def _cells(padded: tuple[int, int], side: tuple[int, int], device: torch.device) -> Tensor:
-    """Number of the window or region of every pixel, windows numbered row by row, ``[N]``."""
-    rows, columns = (torch.arange(n, device=device) // s for n, s in zip(padded, side, strict=True))
-    return (rows[:, None] * (padded[1] // side[1]) + columns).flatten()
-
-
-def _routed(module: RoutingAttention, x: Tensor) -> list[dict[str, Any]]:
-    map_size, x = _sides(x), pad_to_multiple(x, module.num_regions)
-    padded, dim = _sides(x), x.shape[3]
-    region = (padded[0] // module.num_regions, padded[1] // module.num_regions)
-    qkv = _linear(module.qkv, x)
-    means = region_mean(qkv[..., : 2 * dim].contiguous(), region).chunk(2, dim=-1)
-    table = topk_regions(*means, module.topk)[:, 0].long()  # [B, P, topk]
-    number = _cells(padded, region, x.device)
-    listed = torch.zeros(len(table), table.shape[1], table.shape[1], dtype=torch.bool, device=x.device)
-    listed.scatter_(2, table, True)
-    q, k, v = qkv.chunk(3, dim=-1)
-    lepe = _depthwise(module.lepe, v)
-
-    def mask(queries: Tensor) -> Tensor:
-        return listed[:, number[queries]][:, None, :, number]
-
-    def finish(mixed: Tensor) -> Tensor:
-        return _linear(module.proj, crop(mixed + lepe, *map_size))
-
-    heads = [_split_heads(t, module.num_heads) for t in (q, k, v)]
-    found = dict(kind="routed", size=map_size, padded=padded, scale=module.scale, finish=finish, mask=mask)
-    return [found | dict(query=heads[0], key=heads[1], value=heads[2], table=table, region=region)]
-
-
-def _dense(module: DenseAttention, x: Tensor) -> list[dict[str, Any]]:
-    q, k, v = (_split_heads(t, module.num_heads) for t in _linear(module.qkv, x).chunk(3, dim=-1))
-    lepe, sides = _depthwise(module.lepe, x), _sides(x)
-
-    def finish(mixed: Tensor) -> Tensor:
-        return _linear(module.proj, mixed + lepe)
-
-    found = dict(kind="dense", size=sides, padded=sides, scale=float(q.shape[3]) ** -0.5, finish=finish)
-    return [found | dict(query=q, key=k, value=v)]
-
-
-ADAPTERS: dict[type, Callable[[Any, Tensor], list[dict[str, Any]]]] = {
-    RoutingAttention: _routed,
-    DenseAttention: _dense,
-}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visionattn.explain.attention import Attention
 from visionattn.explain.grid import Box, Grid, check_position
-from visionattn.explain.recording import record
+from visionattn.explain.recording import Recording, record
 from visionattn.layers import RoutingAttention
 
 
@@ -60,18 +60,18 @@ def routed_regions(model: nn.Module, image: Tensor, position: tuple[int, int]) -
     try:
         with torch.no_grad(), record(model.eval()) as recording:
             model(image)
+        return regions_at(recording, x, y)
     finally:
         model.train(training)
-    return [
-        found
-        for attention in recording.attention()
-        if (found := _regions_of(attention, recording.grid(attention.stage, attention.size), x, y))
-    ]
 
 
-def _regions_of(attention: Attention, grid: Grid, x: int, y: int) -> RoutedRegions | None:
-    if attention.kind not in ("routed", "dense"):
-        return None
+def regions_at(recording: Recording, x: int, y: int) -> list[RoutedRegions]:
+    """Routed regions of a recorded image for the pixel in column ``x`` and row ``y``, one entry per layer."""
+    layers = [attention for attention in recording.attention() if attention.kind in ("routed", "dense")]
+    return [_regions_of(layer, recording.grid(layer.stage, layer.size), x, y) for layer in layers]
+
+
+def _regions_of(attention: Attention, grid: Grid, x: int, y: int) -> RoutedRegions:
     row, column = grid.cell(x, y, attention.size)
     mask = grid.spread(attention.at(row, column)[0].mean(0))
     if attention.table is None or attention.region is None:
