@@ -36,7 +36,7 @@ class Gate:
 
     @property
     def map(self) -> Tensor | None:
-        """Over pixels ``[B, H, W]``: the values, or of many channels the mean of their sizes; None of channels alone."""
+        """Over pixels, ``[B, H, W]``: the values, or the mean of their sizes over the channels; None of channels alone."""
         if self.values.dim() == 4:
             return self.values.abs().mean(dim=-1)
         return self.values if self.values.dim() == 3 else None
