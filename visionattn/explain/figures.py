@@ -15,7 +15,7 @@ from visionattn.explain.distance import AttentionDistance
 from visionattn.explain.grid import Box
 from visionattn.explain.receptive_field import ReceptiveField
 
-_COLUMNS = 5
+_COLUMNS = 6
 _INCHES = 2.3  # width of a panel
 POSITION, QUERY, ROUTED = "#00ff66", "#00e5ff", "#ffffff"
 
@@ -38,7 +38,12 @@ class Panel:
 
 
 def panels(
-    items: Sequence[Panel], caption: str, position: tuple[int, int] | None, heat: str | None, keys: dict[str, str]
+    items: Sequence[Panel],
+    caption: str,
+    position: tuple[int, int] | None,
+    heat: str,
+    keys: dict[str, str],
+    ends: tuple[str, str] = ("0", "max"),
 ) -> Any:
     """A figure of pictures in rows.
 
@@ -46,16 +51,17 @@ def panels(
         items: The panels.
         caption: What the figure shows, below it.
         position: Column and row of the chosen position, in pixels.
-        heat: What the colours stand for, for a bar beside the pictures; None for no bar.
+        heat: What the colours stand for, beside a bar of them.
         keys: Names and colours of outlines.
+        ends: Names of the coldest and the warmest colour.
 
     Returns:
         A matplotlib figure.
     """
-    columns = min(len(items), _COLUMNS)
-    rows = math.ceil(len(items) / columns)
+    rows = math.ceil(len(items) / _COLUMNS)
+    columns = math.ceil(len(items) / rows)
     height, width = np.asarray(items[0].picture).shape[:2]
-    size = (max(_INCHES * columns, 5.0), (_INCHES * height / width + 0.45) * rows + 1.0)
+    size = (max(_INCHES * columns, 4.2) + 0.7, (_INCHES * height / width + 0.4) * rows + (0.75 if keys else 0.5))
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -70,8 +76,7 @@ def panels(
             axes.plot(*position, marker="+", markersize=9, markeredgewidth=1.8, color=POSITION)
         axes.set_xlim(-0.5, width - 0.5)
         axes.set_ylim(height - 0.5, -0.5)
-    if heat:
-        _heat_bar(figure, grid, heat)
+    _heat_bar(figure, grid, heat, ends)
     _legend(figure, keys, marked=position is not None and any(panel.marked for panel in items))
     figure.supxlabel(_wrapped(caption, size[0]), fontsize=8)
     return figure
@@ -84,10 +89,10 @@ def _outline(axes: Any, box: Box, color: str) -> None:
         axes.add_patch(patches.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **style))
 
 
-def _heat_bar(figure: Any, grid: Any, label: str) -> None:
+def _heat_bar(figure: Any, grid: Any, label: str, ends: tuple[str, str]) -> None:
     scale = need("matplotlib.cm", "matplotlib").ScalarMappable(cmap="plasma")
     bar = figure.colorbar(scale, ax=list(grid.flat), shrink=0.7, aspect=30, pad=0.01)
-    bar.set_ticks([0, 1], labels=["0", "max"])
+    bar.set_ticks([0, 1], labels=list(ends))
     bar.ax.tick_params(labelsize=7)
     bar.set_label(label, fontsize=8)
 
@@ -112,7 +117,7 @@ def fields_figure(fields: Sequence[ReceptiveField], caption: str) -> Any:
     """Effective receptive fields side by side, with the squares that hold half and 99 % of each."""
     height, width = fields[0].heat.shape
     columns = len(fields)
-    size = (max(_INCHES * columns, 5.0), _INCHES * height / width + 1.6)
+    size = (max(_INCHES * columns, 4.2) + 0.7, _INCHES * height / width + 0.9)
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=size, layout="constrained")
     grid = figure.subplots(1, columns, squeeze=False)
     for axes, found in zip(grid.flat, fields, strict=True):
@@ -145,9 +150,9 @@ def distances_figure(distances: Sequence[AttentionDistance], caption: str) -> An
     axes.plot([found.uniform for found in distances], "_", color="black", markersize=14, label="all pixels alike")
     for stage in sorted({found.stage for found in distances}):
         axes.plot([], [], "o", color=f"C{stage % 10}", label=f"heads of stage {stage}" if stage else "heads")
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.08 * max(max(found.uniform, found.pixels.max().item()) for found in distances))
     axes.set_xlim(-0.6, len(distances) - 0.4)
-    axes.set_xticks(range(len(distances)), labels=[_short(found.layer) for found in distances], rotation=90, fontsize=7)
+    axes.set_xticks(range(len(distances)), labels=[found.layer for found in distances], rotation=90, fontsize=7)
     axes.set_ylabel("mean attention distance (pixels)", fontsize=9)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
@@ -162,7 +167,7 @@ def curves_figure(curves: Sequence[tuple[str, Any]], caption: str) -> Any:
     colors = need("matplotlib", "matplotlib").colormaps["viridis"]
     for i, (name, values) in enumerate(curves):
         share = np.linspace(0, 100, len(values))
-        axes.plot(share, np.sort(values), color=colors(i / max(len(curves) - 1, 1)), label=_short(name))
+        axes.plot(share, np.sort(values), color=colors(i / max(len(curves) - 1, 1)), label=name)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("channels of the layer, from the most closed to the most open (%)", fontsize=9)
     axes.set_ylabel("gate", fontsize=9)
@@ -191,10 +196,6 @@ def matrices_figure(matrices: Sequence[tuple[str, Any]], caption: str) -> Any:
         figure.colorbar(drawn, ax=axes, shrink=0.75).ax.tick_params(labelsize=6)
     figure.supxlabel(_wrapped(caption, size[0]), fontsize=8)
     return figure
-
-
-def _short(name: str) -> str:
-    return name.replace("stages.", "").replace("blocks.", "")
 
 
 def save_figure(figure: Any, path: Path) -> None:

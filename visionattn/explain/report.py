@@ -136,14 +136,15 @@ def _gates(subject: Subject) -> Found:
     found, items = {}, [_original(subject)]
     for gate in subject.recording.gates():
         if gate.map is not None:
-            heat = subject.on_picture(gate.stage, gate.map[0])
-            items.append(Panel(_where(gate.layer, gate.stage), heat, marked=False))
+            low, high = gate.map[0].min(), gate.map[0].max()
+            title = f"stage {gate.stage}, {low:.2f} to {high:.2f}\n{gate.layer}"
+            items.append(Panel(title, subject.on_picture(gate.stage, gate.map[0] - low), marked=False))
             found[gate.layer] = _array(gate.values[0])
     caption = (
         "Gates of pixels: factors on their features; where every channel has its own, the mean of their sizes. Colours "
-        "from 0 to each panel's maximum."
+        "go from the lowest to the highest value of each panel, which its title gives."
     )
-    return figures.panels(items, caption, None, "gate", {}), found
+    return figures.panels(items, caption, None, "gate", {}, ends=("low", "high")), found
 
 
 def _channel_gates(subject: Subject) -> Found:
