@@ -9,7 +9,14 @@ import visionattn
 from visionattn.explain import attention_distances, grad_cam, receptive_fields, record
 
 SMALL = [name for name in visionattn.list_models("test_*") if name != "test_ninformer"]
-TIMM = ["test_vit", "test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"]
+# tokens, maps with the channels last, ordinary maps
+TIMM = {
+    "test_vit": dict(img_size=(64, 96)),
+    "swin_tiny_patch4_window7_224": dict(
+        img_size=(64, 96), window_size=2, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)
+    ),
+    "test_efficientnet": {},
+}
 
 
 def made(name, **kwargs):
@@ -44,14 +51,13 @@ def test_class_activation_is_where_the_class_is():
 
 @pytest.mark.parametrize("name", [*SMALL, *TIMM])
 def test_every_model_has_a_class_activation(name):
-    model = made(name, **(dict(img_size=64, window_size=2) if name.startswith("swin") else {}))
-    size = (64, 64) if name in ("test_vit",) or name.startswith("swin") else (64, 96)
-    if name == "test_vit":
-        size = model.default_cfg["input_size"][1:]
-    found = grad_cam(model, torch.randn(1, 3, *size))
-    assert found.heat.shape == size and 0 <= found.heat.min() and found.heat.max() <= 1
-    assert found.heat.max() > 0 or "biformer" not in name
-    assert 0 <= found.target < 3 and 0 < found.probability < 1
+    model = made(name, **TIMM.get(name, {}))
+    image = torch.randn(1, 3, 64, 96)
+    found = [grad_cam(model, image, target) for target in range(3)]
+    assert all(one.heat.shape == (64, 96) and one.heat.min() >= 0 for one in found)
+    assert max(one.heat.max() for one in found) == pytest.approx(1, abs=1e-3)
+    assert sum(one.probability for one in found) == pytest.approx(1, abs=1e-5)
+    assert grad_cam(model, image).target == max(range(3), key=lambda i: found[i].probability)
 
 
 def test_model_is_left_as_it_was():
@@ -135,7 +141,9 @@ def test_attention_distance_of_known_weights():
     assert first.uniform == pytest.approx(4 * torch.cdist(place, place).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name, layers", [("test_overlock", 6), ("test_lgvit", 3), ("test_litv2", 3), ("test_patnet", 1)])
+@pytest.mark.parametrize(
+    "name, layers", [("test_overlock", 6), ("test_lgvit", 3), ("test_litv2", 3), ("test_patnet", 1)]
+)
 def test_attention_distances_of_families(name, layers):
     model = made(name)
     with torch.no_grad(), record(model) as maps:
