@@ -107,11 +107,14 @@ def _maps(subject: Subject, layers: Sequence[Attention], what: str) -> Found:
 
 
 def _attention(subject: Subject) -> Found:
+    layers = subject.recording.attention()
     what = (
-        "What the chosen position attends to in each layer; colours are scaled for each panel. The arrays hold every "
-        "head. Of linear attention, whose weights may be negative, sizes are shown."
+        "What the chosen position attends to in each layer (mean of the heads); colours are scaled for each panel. The "
+        "arrays hold every head."
     )
-    return _maps(subject, subject.recording.attention(), what)
+    if any(layer.kind == "linear" for layer in layers):
+        what += " Of linear attention, whose weights may be negative, sizes are shown."
+    return _maps(subject, layers, what)
 
 
 def _kernels(subject: Subject) -> Found:
