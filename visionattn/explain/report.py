@@ -140,7 +140,7 @@ def _gates(subject: Subject) -> Found:
     for gate in subject.recording.gates():
         if gate.map is not None:
             low, high = gate.map[0].min(), gate.map[0].max()
-            title = f"stage {gate.stage}, {low:.2f} to {high:.2f}\n{gate.layer}"
+            title = f"stage {gate.stage}, {low:.3g} to {high:.3g}\n{gate.layer}"
             items.append(Panel(title, subject.on_picture(gate.stage, gate.map[0] - low), marked=False))
             found[gate.layer] = _array(gate.values[0])
     caption = (
