@@ -1,6 +1,7 @@
 """The command ``visionattn web``."""
 
 import argparse
+import signal
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -19,8 +20,9 @@ def web_command(args: argparse.Namespace) -> None:
     choices = [*found, *model_choices(patterns, dict(args.checkpoint))]
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         _note(f"warning: whoever reaches {args.host}:{args.port} can use this page; it asks for no password")
-    _note(f"{len(found)} runs, {len(choices) - len(found)} backbones: http://{args.host}:{args.port} (Ctrl+C ends it)")
-    serve(choices, args.host, args.port)
+    _note(f"{len(found)} runs, {len(choices) - len(found)} backbones; starting")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then too
+    serve(choices, args.host, args.port, lambda address: _note(f"{address} (Ctrl+C ends it)"))
 
 
 def _note(line: str) -> None:

@@ -28,7 +28,12 @@ _POLICY = (
 )
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Liberation Sans", "Arial", "sans-serif"]
 _MONO = ["ui-monospace", "Liberation Mono", "Menlo", "Consolas", "monospace"]
-_WIDE = ".gradio-container {max-width: 1280px !important; margin: 0 auto !important}"
+# small pictures fill their boxes, stages are never cut, and nothing moves when results appear
+_STYLE = """
+.gradio-container > main, .gradio-container main.contain {width: 100%; max-width: 1280px; margin: 0 auto}
+#picture img, #overlay img {width: 100%; height: 100%; object-fit: contain}
+#stages .grid-wrap {max-height: none !important; overflow: visible}
+"""
 _ABOUT = """# visionattn
 Choose a model and a picture, then **Run**. Everything stays on this machine."""
 _CLICK = """**Click a position** to see where a BiFormer looks from there: its own region in green, the regions that it
@@ -45,7 +50,7 @@ _TASKS = {
 def describe(choice: Choice) -> str:
     """A line of Markdown on what a model does, and with which weights."""
     if choice.random:
-        return f"{_TASKS[choice.kind]} **Random weights**: what it says means nothing, how it is routed can be seen."
+        return f"{_TASKS[choice.kind]} **Random weights**: the answer means nothing."
     return f"{_TASKS[choice.kind]} Weights: `{choice.run or choice.checkpoint}`"
 
 
@@ -56,11 +61,13 @@ def _shown_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)  # its annotations tell gradio what to pass
     def call(label: str, path: str | None, *rest: Any) -> Any:
         if not path:
-            raise gradio.Error("Choose a picture first.", duration=None)
+            raise gradio.Error("Choose a picture first.", duration=None, print_exception=False)
         try:
             return function(label, path, *rest)
         except (ValueError, OSError, ImportError) as error:
-            raise gradio.Error(str(error).replace(str(path), Path(path).name), duration=None) from error
+            raise gradio.Error(
+                str(error).replace(str(path), Path(path).name), duration=None, print_exception=False
+            ) from error
 
     return call
 
@@ -130,7 +137,9 @@ def _results(gr: Any) -> dict[str, Any]:
         scores=gr.Label(label="Most likely classes", visible=False, show_heading=False, elem_id="scores"),
         overlay=gr.Image(label="Result", elem_id="overlay", height=480, **still),
         hint=gr.Markdown(_CLICK, visible=False, elem_id="hint"),
-        view=gr.Image(label="What the model sees", elem_id="view", height=400, **{**still, "buttons": []}),
+        view=gr.Image(
+            label="What the model sees: click into it", elem_id="view", height=400, **{**still, "buttons": []}
+        ),
         stages=gr.Gallery(
             label="Routed regions by stage",
             format="png",
@@ -203,7 +212,12 @@ def check_address(host: str, port: int) -> None:
         raise ValueError(f"{why} ({error.strerror or error}); choose another, for example {remedy}") from error
 
 
-def serve(choices: Sequence[Choice], host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(
+    choices: Sequence[Choice],
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    report: Callable[[str], None] | None = None,
+) -> None:
     """Show the page until the process is interrupted.
 
     Uploads go to a temporary folder, which is removed at the end.
@@ -212,6 +226,7 @@ def serve(choices: Sequence[Choice], host: str = "127.0.0.1", port: int = 7860) 
         choices: As in ``build_page``.
         host: Address to listen at; any but 127.0.0.1 lets other machines in.
         port: Port to listen at.
+        report: Gets the page's address as soon as it can be opened.
 
     Raises:
         ValueError: No model, or an address where no server can be started.
@@ -230,13 +245,17 @@ def serve(choices: Sequence[Choice], host: str = "127.0.0.1", port: int = 7860) 
             share=False,
             ssr_mode=False,
             quiet=True,
+            prevent_thread_lock=True,
             show_error=True,
             max_file_size=UPLOAD_MB * 10**6,
             footer_links=[],
             theme=gr.themes.Default(font=_FONTS, font_mono=_MONO),
-            css=_WIDE,
+            css=_STYLE,
             app_kwargs=dict(middleware=[Middleware(_Policy)]),
         )
+        if report:
+            report(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        page.block_thread()
 
 
 class _Policy:

@@ -116,8 +116,8 @@ def _share(mask: np.ndarray, classes: list[str], colors: Any) -> str:
     lines = []
     for i, name in enumerate(classes[1:], 1):
         square = '<span style="color: rgb({}, {}, {})">&#9632;</span>'.format(*colors[(i - 1) % len(colors)])
-        lines.append(f"- {square} {name}: {np.mean(mask == i):.1%} of the pixels")
-    return "\n".join(lines)
+        lines.append(f"{square} {name}: {np.mean(mask == i):.1%} of the pixels")
+    return "  \n".join(lines)
 
 
 def _mask(masker: Any, pixels: np.ndarray) -> Answer:
@@ -216,10 +216,16 @@ def regions(
         for box in last.regions:
             _outline(draw, box, scale, _REGION, 2)
         _outline(draw, last.query, scale, _QUERY, 4)
-        what = f"{len(last.regions)} regions" if len(last.regions) > 1 else "the whole map"
+        what = _extent(last.regions, (given.shape[3], given.shape[2]))
         shown.append((drawn, f"stage {last.stage}: {what}" + (f" (last of {layers} layers)" if layers > 1 else "")))
     _cross(view, x, y)
     return view, shown
+
+
+def _extent(boxes: tuple[Any, ...], size: tuple[int, int]) -> str:
+    if tuple(boxes) == ((0, 0, *size),):
+        return "the whole map"
+    return "1 region" if len(boxes) == 1 else f"{len(boxes)} regions"
 
 
 def _outline(draw: ImageDraw.ImageDraw, box: Any, scale: int, color: tuple[int, int, int], width: int) -> None:
