@@ -5,7 +5,7 @@ from pathlib import Path
 from helpers import train_run
 
 _LEAST = ["trainer=cpu", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2"]
-_LEAST += ["data.workers=0", "data.batch_size=4", "~logger.tensorboard"]
+_LEAST += ["data.workers=0", "data.batch_size=4", "~logger.tensorboard", "trainer.log_every_n_steps=1"]
 _CHANGES = {
     "digits": ["experiment=digits", "model=test_biformer"],
     "nuclei": ["experiment=embedded/nuclei", "data.transform.size=64"],
