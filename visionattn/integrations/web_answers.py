@@ -16,7 +16,7 @@ from visionattn.explain import routed_regions
 from visionattn.integrations.web_models import Choice, load
 from visionattn.layers import RoutingAttention
 from visionattn.tasks.inference import predict
-from visionattn.tasks.segmentation_report import COLORS, overlay
+from visionattn.tasks.segmentation_report import COLORS, displayed, overlay
 
 PIXELS = 2**24
 """Largest picture that the page takes; ``visionattn predict`` takes larger ones."""
@@ -155,13 +155,19 @@ def _answer_to(grounder: Any, pixels: np.ndarray, question: str) -> Answer:
     from visionattn.tasks.grounding_inference import answer_mask
 
     mask = answer_mask(grounder, pixels, question)
-    square = '<span style="color: rgb({}, {}, {})">&#9632;</span>'.format(*COLORS[0])
-    text = f"{square} the answer to *{_plain(question)}*: {mask.mean():.1%} of the pixels"
+    text = f"What is not faded answers *{_plain(question)}*: {mask.mean():.1%} of the pixels"
     if not mask.any():
         text = f"No pixel answers *{_plain(question)}*."
     unknown = grounder.model.text.unknown(question)
     warning = f"words that the run never met, which all count as one unknown word: {', '.join(unknown)}"
-    return Answer(text, picture=Image.fromarray(overlay(pixels, mask)), warning=warning if unknown else None)
+    return Answer(text, picture=_spotlight(pixels, mask), warning=warning if unknown else None)
+
+
+def _spotlight(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The picture, faded outside a mask, which shows colours better than a colour over it."""
+    shown = displayed(pixels)
+    shown[~mask] = 0.2 * shown[~mask] + 0.8 * 255
+    return Image.fromarray(shown.round().astype(np.uint8))
 
 
 def _plain(text: str) -> str:
@@ -217,7 +223,7 @@ def regions(
             _outline(draw, box, scale, _REGION, 2)
         _outline(draw, last.query, scale, _QUERY, 4)
         what = _extent(last.regions, (given.shape[3], given.shape[2]))
-        shown.append((drawn, f"stage {last.stage}: {what}" + (f" (last of {layers} layers)" if layers > 1 else "")))
+        shown.append((drawn, f"stage {last.stage}, layer {layers}/{layers}: {what}"))
     _cross(view, x, y)
     return view, shown
 
