@@ -67,6 +67,7 @@ class Attention:
         """The layer, and which half of it where a layer has two kinds of heads."""
         return f"{self.layer}.{self.kind.replace(' ', '_')}" if self.kind in HALVES else self.layer
 
+    @torch.no_grad()
     def weights(self, queries: Tensor) -> Tensor:
         """What each query attends to.
 
@@ -84,6 +85,7 @@ class Attention:
         query = torch.tensor([row * self.padded[1] + column], device=self.query.device)
         return self.weights(query)[:, :, 0, : self.size[0], : self.size[1]]
 
+    @torch.no_grad()
     def output(self) -> Tensor:
         """The layer's output made from the recomputed weights, ``[B, H, W, C]``."""
         parts = []
@@ -177,6 +179,7 @@ class ChannelMixing:
     finish: Callable[[Tensor], Tensor]
     expected: Tensor
 
+    @torch.no_grad()
     def output(self) -> Tensor:
         """The layer's output made from the recomputed weights, ``[B, H, W, C]``."""
         mixed = (self.query @ self.weights.transpose(2, 3)).transpose(1, 2).flatten(2)

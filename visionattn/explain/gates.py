@@ -26,17 +26,16 @@ class Gate:
         layer: Name of the module in the model.
         stage: Stage of the module, counted from 1; 0 for modules outside the stages.
         values: ``[B, C]``, one per channel; ``[B, H, W]``, one per pixel; or ``[B, H, W, C]``, one for each of both.
-        bounded: Whether values lie between 0 and 1.
+            Values of the first two kinds lie between 0 and 1, those of the last do not.
     """
 
     layer: str
     stage: int
     values: Tensor
-    bounded: bool
 
     @property
     def map(self) -> Tensor | None:
-        """Over pixels ``[B, H, W]``: the values, or of many channels the mean of their sizes; None of channels alone."""
+        """``[B, H, W]``: the values, or the mean of their sizes over the channels; None if pixels share them."""
         if self.values.dim() == 4:
             return self.values.abs().mean(dim=-1)
         return self.values if self.values.dim() == 3 else None
@@ -77,13 +76,17 @@ def whole_module(module: nn.Module, x: Tensor) -> Tensor:
     return module(x).permute(0, 2, 3, 1)
 
 
-GATES: dict[type, tuple[Callable[..., Tensor], bool]] = {
-    PartialChannelAttention: (_partial_channels, True),
-    PartialSpatialAttention: (_pixels, True),
-    MergedSpatialAttention: (_merged_pixels, True),
-    SqueezeExcite: (_squeeze_excite, True),
-    MixerGate: (_mixer, False),
-    NormedGEGLU: (_geglu, False),
-    DualGatedBlock: (_dual, False),
+CHANNEL_GATES: dict[type, Callable[..., Tensor]] = {
+    PartialChannelAttention: _partial_channels,
+    SqueezeExcite: _squeeze_excite,
 }
-"""By class: inputs to values, and whether these lie between 0 and 1."""
+"""By class of the module: inputs to one value per channel, between 0 and 1."""
+
+GATES: dict[type, Callable[..., Tensor]] = {
+    PartialSpatialAttention: _pixels,
+    MergedSpatialAttention: _merged_pixels,
+    MixerGate: _mixer,
+    NormedGEGLU: _geglu,
+    DualGatedBlock: _dual,
+}
+"""By class of the module: inputs to values per pixel, or per pixel and channel."""

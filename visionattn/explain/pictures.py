@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from visionattn.explain._need import need_matplotlib
+from visionattn.explain._need import need
 
 
 def to_image(image: Any) -> Image.Image:
@@ -71,6 +71,6 @@ def overlay(image: Any, heat: Any, opacity: float = 0.65) -> Image.Image:
         resized = Image.fromarray(values.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
         values = np.asarray(resized, dtype=np.float64).clip(0, 1)
     grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None] / 255
-    colors = need_matplotlib().colormaps["plasma"](values)[..., :3]
+    colors = need("matplotlib", "matplotlib").colormaps["plasma"](values)[..., :3]
     alpha = opacity * np.sqrt(values)[..., None]  # faint attention stays visible
     return Image.fromarray(np.round(((1 - alpha) * grey + alpha * colors) * 255).astype(np.uint8))

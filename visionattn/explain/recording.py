@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visionattn.explain._adapters import ADAPTERS, KERNELS, channel_mixing
 from visionattn.explain.attention import Attention, ChannelMixing, DynamicKernels
-from visionattn.explain.gates import GATES, Gate, whole_module
+from visionattn.explain.gates import CHANNEL_GATES, GATES, Gate, whole_module
 from visionattn.explain.grid import Grid
 from visionattn.models.davit import ChannelAttention
 from visionattn.models.overlock import DynamicConvBlock, OverviewStage
@@ -24,16 +24,14 @@ class Watched:
     Args:
         name: Name in the model.
         module: The module.
-        role: ``attention``, ``kernels``, ``channels``, ``gate`` or ``context``.
+        role: ``attention``, ``kernels``, ``channels``, ``gate``, ``channel gate`` or ``context``.
         adapter: What turns module and inputs into what was asked.
-        bounded: Of a gate, whether its values lie between 0 and 1.
     """
 
     name: str
     module: nn.Module
     role: str
     adapter: Callable[..., Any]
-    bounded: bool = False
 
     @property
     def stage(self) -> int:
@@ -72,9 +70,10 @@ def watched_modules(model: nn.Module) -> list[Watched]:
             found.append(Watched(f"{name}.context", module, "context", lambda module, maps: maps[1]))
         elif kind is DynamicConvBlock:
             found.append(Watched(f"{name}.gate", module.gate, "gate", whole_module))
+        elif kind in CHANNEL_GATES:
+            found.append(Watched(name, module, "channel gate", CHANNEL_GATES[kind]))
         elif kind in GATES:
-            adapter, bounded = GATES[kind]
-            found.append(Watched(name, module, "gate", adapter, bounded))
+            found.append(Watched(name, module, "gate", GATES[kind]))
     return found
 
 
@@ -149,12 +148,12 @@ class Recording:
             ValueError: As for ``attention``.
         """
         found = []
-        for call in self._of("gate"):
+        for call in self._of("gate", "channel gate"):
             watched, x = call.watched, call.inputs[0]
             parameter = next(watched.module.parameters(), x)
             with torch.autocast(x.device.type, enabled=False):
                 values = watched.adapter(watched.module, x.to(parameter.dtype))
-            found.append(Gate(watched.name, watched.stage, values, watched.bounded))
+            found.append(Gate(watched.name, watched.stage, values))
         return found
 
     def context(self) -> list[tuple[str, Tensor]]:
@@ -178,9 +177,9 @@ class Recording:
                 start += width
         return found
 
-    def _of(self, role: str) -> list[Call]:
+    def _of(self, *roles: str) -> list[Call]:
         self._ran()
-        return [call for call in self.calls if call.watched.role == role]
+        return [call for call in self.calls if call.watched.role in roles]
 
     def _ran(self) -> None:
         if self.image is None:

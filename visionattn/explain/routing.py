@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from visionattn.explain._need import frozen
 from visionattn.explain.attention import Attention
 from visionattn.explain.grid import Box, Grid, check_position
 from visionattn.explain.recording import Recording, record
@@ -56,13 +57,10 @@ def routed_regions(model: nn.Module, image: Tensor, position: tuple[int, int]) -
     if image.dim() != 4 or image.shape[0] != 1:
         raise ValueError(f"routed_regions takes one image [1, C, H, W], got shape {list(image.shape)}")
     x, y = check_position(position, image.shape[2], image.shape[3])
-    training = model.training
-    try:
-        with torch.no_grad(), record(model.eval()) as recording:
+    with frozen(model), torch.no_grad():
+        with record(model) as recording:
             model(image)
         return regions_at(recording, x, y)
-    finally:
-        model.train(training)
 
 
 def regions_at(recording: Recording, x: int, y: int) -> list[RoutedRegions]:

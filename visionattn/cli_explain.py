@@ -1,0 +1,164 @@
+"""``visionattn explain``: pictures and arrays of what a model looks at."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of ``visionattn``."""
+    command = commands.add_parser(
+        "explain",
+        help="show what a model looks at: attention, routed regions, gates, Grad-CAM, receptive fields",
+        description="visionattn explain cat.png --model biformer_s --position 120 80 --output explained; or with --run "
+        "outputs/digits for a classifier trained here. Writes a PNG and an .npz file per method.",
+    )
+    add = command.add_argument
+    add("image", metavar="IMAGE")
+    add("--run", dest="run_folder", help="folder of a classification run, or a .ckpt file")
+    add("--model", help="a model of this package or of timm with pretrained weights")
+    add("--checkpoint", help="weights for --model, .pth or .safetensors")
+    add("--untrained", action="store_true", help="with --model: random weights, to look at the architecture")
+    add("--position", type=int, nargs=2, metavar=("X", "Y"), help="pixel of IMAGE to ask about (default: the middle)")
+    add("--methods", metavar="A,B", help="some of " + ",".join(_methods()) + " (default: all that the model has)")
+    add("--target", metavar="CLASS", help="class for gradcam, by name or number (default: the most likely)")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="side, or height and width, to which the whole image is resized",
+    )
+    add("--samples", type=int, default=8, help="random images for erf (default 8)")
+    add("--output", default="explained", help="folder to write (default explained)")
+    command.set_defaults(run=explain_command)
+
+
+def _methods() -> Sequence[str]:
+    # the parser is built for every command, which must not load what this one needs
+    return (
+        "routing",
+        "attention",
+        "channels",
+        "kernels",
+        "context",
+        "gates",
+        "channel_gates",
+        "distance",
+        "gradcam",
+        "erf",
+    )
+
+
+def explain_command(args: argparse.Namespace) -> None:
+    """Load model and image, and write the explanations."""
+    from visionattn.data.images import read_image
+    from visionattn.explain.report import Subject, check_methods, explain
+
+    classifier = _classifier(args)
+    methods = check_methods(classifier.model, args.methods.split(",") if args.methods else None)
+    original = read_image(args.image, classifier.in_chans, exif=True)
+    size = _size(args.size)
+    image, picture, position = prepare(original, classifier.data_config, size, args.position)
+    target = _target(args.target, classifier.classes) if args.target is not None else None
+
+    def report(line: str) -> None:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    report(f"{classifier.name}: image {image.shape[3]} x {image.shape[2]}, position {position[0]}, {position[1]} in it")
+    subject = Subject(classifier.model, image, picture, position, classifier.classes, target, args.samples)
+    for path in explain(subject, args.output, methods, report):
+        sys.stdout.write(f"{path}\n")
+
+
+def _classifier(args: argparse.Namespace) -> Any:
+    if (args.run_folder is None) == (args.model is None):
+        raise ValueError("give either --run FOLDER or --model NAME")
+    if args.run_folder and (args.checkpoint or args.untrained):
+        raise ValueError("--checkpoint and --untrained go with --model; a run has its own weights")
+    if args.checkpoint and args.untrained:
+        raise ValueError("give either --checkpoint FILE or --untrained")
+    from visionattn.tasks.inference import Classifier, load_model, load_run
+    from visionattn.tasks.kinds import kind_of
+
+    if args.run_folder:
+        kind = kind_of(args.run_folder)
+        if kind != "classification":
+            raise ValueError(f"{args.run_folder} is a {kind} run; explain takes classification runs, or --model")
+        return load_run(args.run_folder)
+    if not args.untrained:
+        return load_model(args.model, args.checkpoint)
+    from timm.data import resolve_model_data_config
+
+    import visionattn
+
+    model: Any = visionattn.create_model(args.model).eval()
+    names = [str(i) for i in range(model.num_classes)]
+    config = resolve_model_data_config(model)
+    return Classifier(args.model, model, names, config["input_size"][0], config, None)
+
+
+def _size(values: list[int] | None) -> tuple[int, int] | None:
+    if values is None:
+        return None
+    if len(values) > 2 or min(values) < 1:
+        raise ValueError(f"--size {' '.join(map(str, values))}: expected a side, or a height and a width, in pixels")
+    return values[0], values[-1]
+
+
+def _target(text: str, classes: Sequence[str]) -> int:
+    if text in classes:
+        return list(classes).index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    import difflib
+
+    near = difflib.get_close_matches(text, classes, n=3) or list(classes)[:3]
+    raise ValueError(f"unknown class {text!r}; a name like {', '.join(near)}, or a number below {len(classes)}")
+
+
+def prepare(
+    original: Any, data_config: dict[str, Any], size: tuple[int, int] | None, position: Sequence[int] | None
+) -> tuple[Any, Any, tuple[int, int]]:
+    """An image as the model takes it.
+
+    Args:
+        original: PIL image of the model's number of channels.
+        data_config: Preprocessing as timm resolves it; resize and crop count where ``size`` is None.
+        size: Height and width to which the whole image is resized instead.
+        position: Column and row in ``original``; the middle by default.
+
+    Returns:
+        The normalised image ``[1, C, H, W]``, the same as a picture, and the position in it.
+
+    Raises:
+        ValueError: The position lies outside the image, or in what the crop leaves out.
+    """
+    import numpy as np
+    from PIL import Image
+    from timm.data import create_transform
+    from torchvision import transforms
+
+    from visionattn.explain.grid import check_position
+
+    at = check_position(position or (original.width // 2, original.height // 2), original.height, original.width)
+    whole = create_transform(**data_config, is_training=False).transforms
+    first = next(i for i, step in enumerate(whole) if "ToTensor" in type(step).__name__)
+    geometry, rest = transforms.Compose(whole[:first]), transforms.Compose(whole[first:])
+    if size is not None:
+        geometry = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    picture = geometry(original)
+    # the coordinates themselves go the image's way, so whatever resizes and crops it moves the position with it
+    rows, columns = np.mgrid[: original.height, : original.width].astype(np.float32)
+    x, y = (np.asarray(geometry(Image.fromarray(axis))) for axis in (columns, rows))
+    step = max(1.0, original.width / picture.width, original.height / picture.height)
+    away = np.hypot(x - at[0], y - at[1])
+    if away.min() > step:
+        raise ValueError(
+            f"position {at} lies in the margin that the model's preprocessing crops away; choose one with x in "
+            f"[{x.min():.0f}, {x.max():.0f}] and y in [{y.min():.0f}, {y.max():.0f}], or give --size to use it all"
+        )
+    row, column = np.unravel_index(away.argmin(), away.shape)
+    return rest(picture)[None], picture.convert("RGB"), (int(column), int(row))
