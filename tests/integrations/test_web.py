@@ -151,7 +151,7 @@ def test_regions_follow_the_position(picture):
         marked, stages = regions(BIFORMER, picture, position)
         assert marked.size == view.size and marked.getpixel(position) == (0, 230, 118)
         assert [caption.partition(",")[0] for _, caption in stages] == [f"stage {i}" for i in (1, 2, 3, 4)]
-        assert stages[-1][1].endswith(": the whole map")
+        assert stages[-1][1].endswith(": all")
         shown[position] = np.array(stages[0][0])
     near, far = shown.values()
     assert (near[0, 0] == (0, 230, 118)).all() and (far[-1, -1] == (0, 230, 118)).all()  # the corner's own regions

@@ -230,7 +230,7 @@ def regions(
 
 def _extent(boxes: tuple[Any, ...], size: tuple[int, int]) -> str:
     if tuple(boxes) == ((0, 0, *size),):
-        return "the whole map"
+        return "all"
     return "1 region" if len(boxes) == 1 else f"{len(boxes)} regions"
 
 
