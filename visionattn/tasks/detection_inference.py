@@ -11,6 +11,7 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -152,6 +153,27 @@ def from_score(found: dict[str, Any], score: float) -> dict[str, Any]:
     return {key: [values[i] for i in kept] for key, values in found.items()}
 
 
+def find_objects(finder: Finder, pixels: np.ndarray) -> dict[str, Any]:
+    """Encoded detections of one image ``[H, W, C]`` uint8."""
+    return finder(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+
+
+def draw_found(finder: Finder, pixels: np.ndarray, found: dict[str, Any]) -> tuple[Image.Image, int]:
+    """The image with its objects from the run's score on, and their number.
+
+    Args:
+        finder: From ``load_finder``.
+        pixels: ``[H, W, C]`` uint8.
+        found: Of ``find_objects``.
+    """
+    drawn = from_score(found, finder.score)
+    captions = [f"{score:.0%}" for score in drawn["scores"]]
+    if len(finder.classes) > 1:
+        captions = [f"{finder.classes[i - 1]} {text}" for i, text in zip(drawn["labels"], captions, strict=True)]
+    picture = draw_objects(pixels, drawn["boxes"], drawn["labels"], captions, drawn.get("masks"))
+    return picture, len(drawn["boxes"])
+
+
 def predict_objects(run: str | Path, images: list[str], output: str | Path) -> Iterator[tuple[Path, int]]:
     """Write pictures with boxes and masks, and all detections in COCO's format.
 
@@ -175,19 +197,13 @@ def predict_objects(run: str | Path, images: list[str], output: str | Path) -> I
     for number, (path, stem) in enumerate(zip(images, stems, strict=True), 1):
         pixels = np.array(read_image(path, finder.in_chans))
         pixels = pixels.reshape(*pixels.shape[:2], finder.in_chans)
-        found = finder(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+        found = find_objects(finder, pixels)
         for row in result_rows(number, found, finder.category_ids):
             rows.append({**row, "file_name": str(path), "category": names[row["category_id"]]})
-        drawn = from_score(found, finder.score)
-        captions = [
-            f"{finder.classes[label - 1]} {score:.0%}"
-            for label, score in zip(drawn["labels"], drawn["scores"], strict=True)
-        ]
-        if len(finder.classes) == 1:
-            captions = [f"{score:.0%}" for score in drawn["scores"]]
+        picture, count = draw_found(finder, pixels, found)
         target = folder / f"{stem}_objects.png"
-        save_image(draw_objects(pixels, drawn["boxes"], drawn["labels"], captions, drawn.get("masks")), target)
-        yield target, len(drawn["boxes"])
+        save_image(picture, target)
+        yield target, count
     write_text(folder / "detections.json", json.dumps(rows, indent=1) + "\n")
 
 

@@ -143,6 +143,25 @@ def _by_objects(objects: list[np.ndarray], truth: Tensor, rng: np.random.Generat
 
 
 @torch.inference_mode()
+def answer_mask(grounder: Grounder, pixels: np.ndarray, question: str) -> np.ndarray:
+    """Where the answer to a question about one image is.
+
+    Args:
+        grounder: From ``load_grounder``.
+        pixels: ``[H, W, C]``, as ``read_pixels`` gives them.
+        question: What is asked.
+
+    Returns:
+        ``[H, W]`` bool.
+
+    Raises:
+        ValueError: An empty or too long question.
+    """
+    grounder.model.text.check([question])
+    sample = GroundingTransform(**grounder.transform, train=False)(Question(pixels, None, "image", question=question))
+    return (grounder.answer(sample["image"], [question], sample["mask"])[0] > 0.5).numpy()
+
+
 def predict_answers(
     run: str | Path, images: list[str], question: str, output: str | Path
 ) -> tuple[list[Path], list[str]]:
@@ -163,12 +182,10 @@ def predict_answers(
     """
     stems = distinct_stems(images)
     grounder, written = load_grounder(run), []
-    grounder.model.text.check([question])
-    transform = GroundingTransform(**grounder.transform, train=False)
+    grounder.model.text.check([question])  # before an image is read
     for path, stem in zip(images, stems, strict=True):
         pixels = read_pixels(path, grounder.in_chans)
-        sample = transform(Question(pixels, None, stem, question=question))
-        mask = (grounder.answer(sample["image"], [question], sample["mask"])[0] > 0.5).numpy()
+        mask = answer_mask(grounder, pixels, question)
         written.append(Path(output) / f"{stem}_mask.png")
         save_image(Image.fromarray(mask.astype(np.uint8) * 255), written[-1])
         save_image(Image.fromarray(overlay(pixels, mask)), Path(output) / f"{stem}_overlay.png")

@@ -39,6 +39,10 @@ class Classifier:
     data_config: dict[str, Any]
     checkpoint: str | None
 
+    def transformed(self, image: Image.Image) -> Tensor:
+        """A picture with the model's number of channels as the model takes it, normalised: ``[C, H, W]``."""
+        return create_transform(**self.data_config, is_training=False)(image)
+
 
 def checkpoint_of(run: str | Path) -> Path:
     """Best checkpoint of a run's folder, or the file itself."""
@@ -98,7 +102,11 @@ def load_run(run: str | Path, averaged: bool | None = None) -> Classifier:
 
 
 def load_model(
-    name: str, checkpoint: str | None = None, classes: list[str] | None = None, in_chans: int = 3
+    name: str,
+    checkpoint: str | None = None,
+    classes: list[str] | None = None,
+    in_chans: int = 3,
+    pretrained: bool = True,
 ) -> Classifier:
     """Create a registered model with its published weights or a checkpoint file.
 
@@ -107,6 +115,7 @@ def load_model(
         checkpoint: File of weights, .pth or .safetensors; the published ones by default.
         classes: Class names in label order; by default ImageNet's for 1000 classes, else numbers.
         in_chans: Channels of the images; timm adapts the first layer of weights for others.
+        pretrained: False leaves the random weights of a new model, whose classes are numbers.
 
     Returns:
         The classifier in evaluation mode.
@@ -118,12 +127,12 @@ def load_model(
     sized: dict[str, Any] = dict(num_classes=len(classes)) if classes else {}
     overlay: dict[str, Any] = {**sized, "file": checkpoint} if checkpoint else {}
     model: Any = visionattn.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=in_chans, **(sized if checkpoint else {})
+        name, pretrained=pretrained, pretrained_cfg_overlay=overlay, in_chans=in_chans, **(sized if checkpoint else {})
     )
     count = model.num_classes
     if classes and len(classes) != count:
         raise ValueError(f"the weights of {name} know {count} classes, the data has {len(classes)}; fine-tune it first")
-    if classes is None and count == 1000:
+    if classes is None and count == 1000 and pretrained:
         labels = ImageNetInfo("imagenet-1k")
         classes = [labels.index_to_description(i) for i in range(count)]
     classes = classes or [str(i) for i in range(count)]
@@ -293,10 +302,9 @@ def predict(classifier: Classifier, images: list[Image.Image], topk: int) -> lis
     Returns:
         For each picture ``(class, probability)``, best first.
     """
-    transform = create_transform(**classifier.data_config, is_training=False)
     results = []
     for i in range(0, len(images), _BATCH):
-        logits = classifier.model(torch.stack([transform(image) for image in images[i : i + _BATCH]]))
+        logits = classifier.model(torch.stack([classifier.transformed(image) for image in images[i : i + _BATCH]]))
         top = logits.softmax(dim=1).topk(min(topk, len(classifier.classes)))
         for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             results.append([(classifier.classes[i], p) for p, i in zip(values, indices, strict=True)])

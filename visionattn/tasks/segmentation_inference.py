@@ -147,8 +147,14 @@ def _probabilities(masker: Masker, image: Tensor, window: int | None, flips: boo
     return probabilities(masker.model, image[None].to(device), window, flips=flips).cpu()
 
 
-class _Labels:
-    """Pixels ``[h, w, C]`` to labels ``[h, w]`` uint8."""
+class PixelLabels:
+    """Pixels ``[h, w, C]`` to labels ``[h, w]`` uint8.
+
+    Args:
+        masker: From ``load_masker``.
+        window: Side of the windows; None takes the whole image.
+        flips: Average over reflections.
+    """
 
     def __init__(self, masker: Masker, window: int | None, flips: bool):
         self.masker, self.window, self.flips = masker, window, flips
@@ -188,7 +194,7 @@ def predict_masks(
     flips = flips or masker.flips
     for path, stem in zip(images, stems, strict=True):
         if pixels_of_file(Path(path)) > _LARGE:
-            label = _Labels(masker, None, flips)
+            label = PixelLabels(masker, None, flips)
             if label.transform.resizes or label.transform.intensity == "percentile":
                 raise ValueError(
                     f"{path} has more than {_LARGE} pixels and is cut into tiles, but the run's transform needs whole "
@@ -200,7 +206,7 @@ def predict_masks(
             segment_file(path, target, label, tile=tile, in_chans=masker.in_chans)
         else:
             pixels = read_pixels(path, masker.in_chans)
-            mask = _Labels(masker, window or masker.window, flips)(pixels)
+            mask = PixelLabels(masker, window or masker.window, flips)(pixels)
             target = folder / f"{stem}_mask.png"
             save_image(Image.fromarray(mask), target)
             save_image(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")

@@ -13,7 +13,8 @@ from visionattn.tasks.inference import save_figure
 from visionattn.tasks.records import markdown
 from visionattn.tasks.segmentation_metrics import METRICS
 
-_COLORS = np.array([[0, 158, 115], [213, 94, 0], [0, 114, 178], [240, 228, 66], [204, 121, 167], [86, 180, 233]])
+COLORS = np.array([[0, 158, 115], [213, 94, 0], [0, 114, 178], [240, 228, 66], [204, 121, 167], [86, 180, 233]])
+"""Of the foreground classes in turn, RGB."""
 _SHOWN = dict(hit=(255, 255, 255), false=(213, 94, 0), missed=(0, 114, 178), outside=(128, 128, 128))
 
 
@@ -38,7 +39,7 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     shown = displayed(pixels)
     inside = mask > 0
-    shown[inside] = 0.5 * shown[inside] + 0.5 * _COLORS[(mask[inside].astype(int) - 1) % len(_COLORS)]
+    shown[inside] = 0.5 * shown[inside] + 0.5 * COLORS[(mask[inside].astype(int) - 1) % len(COLORS)]
     return shown.round().astype(np.uint8)
 
 

@@ -158,6 +158,24 @@ def _scores(counts: torch.Tensor, classes: list[str]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
+def label_pixels(labeller: Labeller, pixels: np.ndarray, window: int | None = None, flips: bool = False) -> np.ndarray:
+    """Labels of one image.
+
+    Args:
+        labeller: From ``load_labeller``.
+        pixels: ``[H, W, C]``, as ``read_pixels`` gives them.
+        window: Side of the windows; by default the run's.
+        flips: Average over the mirror image even if the run does not.
+
+    Returns:
+        ``[H, W]`` uint8.
+    """
+    sample = SegmentationTransform(**labeller.transform, train=False)(Sample(pixels, None, "image"))
+    how = (window or labeller.window, labeller.overlap, flips or labeller.flips)
+    scores = class_scores(labeller.model, sample["image"][None].to(labeller.device), *how)
+    return best_labels(scores, pixels.shape[:2])[0].cpu().numpy().astype(np.uint8)
+
+
 def predict_labels(
     run: str | Path, images: list[str], output: str | Path, window: int | None = None, flips: bool = False
 ) -> list[Path]:
@@ -179,13 +197,9 @@ def predict_labels(
     """
     stems = distinct_stems(images)
     labeller, folder, written = load_labeller(run), Path(output), []
-    transform = SegmentationTransform(**labeller.transform, train=False)
-    how = (window or labeller.window, labeller.overlap, flips or labeller.flips)
     for path, stem in zip(images, stems, strict=True):
         pixels = read_pixels(path, labeller.in_chans)
-        image = transform(Sample(pixels, None, path))["image"][None].to(labeller.device)
-        scores = class_scores(labeller.model, image, *how)
-        mask = best_labels(scores, pixels.shape[:2])[0].cpu().numpy().astype(np.uint8)
+        mask = label_pixels(labeller, pixels, window, flips)
         picture = Image.fromarray(mask)
         picture.putpalette(np.array(labeller.palette, np.uint8).tobytes())
         target = folder / f"{stem}_labels.png"
