@@ -1,7 +1,7 @@
 """Files that other programs run: writing them, and reading them back into a function to compare with.
 
-Every format is traced through the plain form of the operators (``reference.py``), so the files hold PyTorch's or
-ONNX's own operators alone and run without this package.
+Models are traced through the plain form of the operators (``reference.py``), so the files hold PyTorch's or ONNX's own
+operators alone and run without this package. The exception is ``torch.export`` with free height and width, see ``trace``.
 """
 
 import logging
@@ -73,31 +73,34 @@ def _words(free: str) -> str:
     return {"none": "fixed sizes", "batch": "a free batch", "all": "free batch, height and width"}[free]
 
 
-def trace(model: nn.Module, images: Tensor, free: str = "none") -> torch.export.ExportedProgram:
-    """``torch.export`` of a model in PyTorch's own operators.
+def trace(model: nn.Module, images: Tensor, free: str = "none", plain: bool = True) -> torch.export.ExportedProgram:
+    """``torch.export`` of a model.
 
     Args:
         model: In evaluation mode.
         images: Example, ``[B, C, H, W]``; two or more where the batch is free.
         free: Key of ``FREE``.
+        plain: In PyTorch's own operators. Padding and regions of a map whose sides are only symbols then leave conditions
+            on them that other sizes fail; behind this package's operators they do not arise.
 
     Raises:
-        ValueError: The model cannot be traced, or calls operators that only this package knows.
+        ValueError: The model cannot be traced, or calls operators that PyTorch alone does not know though it is ``plain``.
     """
     try:
-        with use_backend("reference"), torch.no_grad(), _quiet():
+        with use_backend("reference" if plain else "eager"), torch.no_grad(), _quiet():
             program = torch.export.export(model, (images,), dynamic_shapes=_free_sizes(free))
     except Exception as error:  # a dozen types, most of them internal
         raise _refused(free, error) from error
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    if foreign := sorted({str(call) for call in calls if not str(call).startswith(_ATEN)}):
+    calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    foreign = sorted(call for call in calls if not call.startswith(_ATEN if plain else (*_ATEN, "visionattn.")))
+    if foreign:
         raise ValueError(f"the traced model calls {', '.join(foreign[:3])}, which PyTorch alone does not know")
     return program
 
 
 def write_torch(model: nn.Module, images: Tensor, free: str, path: Path, facts: str) -> Runner:
     """A ``.pt2`` file of ``torch.export``; ``facts`` lie in it as ``visionattn.json``."""
-    program = trace(model, images, free)
+    program = trace(model, images, free, plain=free != "all")
     with path.open("wb") as file:  # a file object, for torch wants the name to end with .pt2
         torch.export.save(program, file, extra_files={"visionattn.json": facts})
     with path.open("rb") as file:
@@ -204,12 +207,12 @@ def write_safetensors(model: nn.Module, images: Tensor, free: str, path: Path, f
     """The weights alone, under the model's own keys; ``timm`` loads them with ``pretrained_cfg_overlay``."""
     from safetensors.torch import load_file, save_file
 
-    save_file({key: x.detach().contiguous().clone() for key, x in model.state_dict().items()}, path, {"visionattn": facts})
+    weights = getattr(model, "network", model).state_dict()  # without the wrapper of networks for masks
+    save_file({key: x.detach().contiguous().clone() for key, x in weights.items()}, path, {"visionattn": facts})
     again = deepcopy(model)
-    with torch.no_grad():
-        for x in again.state_dict().values():
-            x.zero_()
-    again.load_state_dict(load_file(path))
+    for x in again.state_dict().values():
+        x.detach().zero_()
+    getattr(again, "network", again).load_state_dict(load_file(path))
     return again
 
 
