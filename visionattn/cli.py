@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import visionattn
+from visionattn import cli_export
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -322,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_training(commands)
     _add_using(commands)
     _add_benchmark(commands)
+    cli_export.add(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives positional arguments that stand behind an option back as unknown
     listed = next((name for name in ("arguments", "overrides", "images", "models") if hasattr(args, name)), None)

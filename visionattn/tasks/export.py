@@ -92,9 +92,7 @@ def from_name(name: str, checkpoint: str | None = None, random_weights: bool = F
     return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint)
 
 
-def _classifier(
-    name: str, model: Any, classes: list[str], data: dict[str, Any], checkpoint: str | None
-) -> Exportable:
+def _classifier(name: str, model: Any, classes: list[str], data: dict[str, Any], checkpoint: str | None) -> Exportable:
     channels, height, width = data["input_size"]
     inner = getattr(model, "backbone", model)
     fixed = bool((getattr(inner, "pretrained_cfg", None) or {}).get("fixed_input_size"))
@@ -153,7 +151,9 @@ class Difference:
 
 
 @torch.no_grad()
-def compare(model: Callable[[Tensor], Tensor], other: Runner, shapes: Sequence[Sequence[int]], seed: int = 0) -> Difference:
+def compare(
+    model: Callable[[Tensor], Tensor], other: Runner, shapes: Sequence[Sequence[int]], seed: int = 0
+) -> Difference:
     """Run both on the same random images of every shape ``[B, C, H, W]``.
 
     Raises:
@@ -169,7 +169,9 @@ def compare(model: Callable[[Tensor], Tensor], other: Runner, shapes: Sequence[S
             reason = " ".join(str(error).split())[-200:]
             raise ValueError(f"what was exported fails for images of {list(shape)}: {reason}") from error
         if found.shape != expected.shape:
-            raise ValueError(f"what was exported gives {list(found.shape)} for {list(shape)}, expected {list(expected.shape)}")
+            raise ValueError(
+                f"what was exported gives {list(found.shape)} for {list(shape)}, expected {list(expected.shape)}"
+            )
         error_here = float((found - expected).abs().max())
         if not math.isfinite(error_here):
             raise ValueError(f"what was exported gives values that are not finite for images of {list(shape)}")
@@ -239,7 +241,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.format not in WRITERS or self.free not in FREE:
-            raise ValueError(f"format={self.format}, free={self.free}: choose of {', '.join(WRITERS)}; {', '.join(FREE)}")
+            raise ValueError(
+                f"format={self.format}, free={self.free}: choose of {', '.join(WRITERS)}; {', '.join(FREE)}"
+            )
         if self.batch < 1 or min(self.size or (1,)) < 1 or self.tolerance <= 0:
             raise ValueError(f"batch {self.batch}, size {self.size} and tolerance {self.tolerance} must be positive")
 
@@ -265,7 +269,9 @@ def facts_of(network: Exportable, settings: Settings, size: tuple[int, int], is_
         format=settings.format,
         form="folded" if is_folded else "trained",
         input=dict(name=INPUT, dtype="float32", layout="NCHW", shape=axes),
-        output=dict(name=OUTPUT, dtype="float32", meaning="logits", layout="NK" if network.task == TASKS[0] else "NKHW"),
+        output=dict(
+            name=OUTPUT, dtype="float32", meaning="logits", layout="NK" if network.task == TASKS[0] else "NKHW"
+        ),
         classes=network.classes,
         preprocessing=network.preprocessing,
         versions=_versions(),
@@ -281,7 +287,10 @@ def facts_of(network: Exportable, settings: Settings, size: tuple[int, int], is_
 
 
 def export(
-    network: Exportable, settings: Settings, output: str | Path, change: Callable[[Path, Exportable], dict[str, Any]] | None = None
+    network: Exportable,
+    settings: Settings,
+    output: str | Path,
+    change: Callable[[Path, Exportable], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write a file and, beside it, ``FILE.json``; kept only if its outputs are the model's.
 

@@ -1,7 +1,6 @@
 """Using a trained classifier: evaluation on a split, and predictions for pictures."""
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import hydra
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
-from rich.progress import track
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,6 +22,7 @@ from visionattn.data.pipeline import EpochSampler, Samples, collate
 from visionattn.tasks.checkpoints import full_name, sha256
 from visionattn.tasks.config import compose
 from visionattn.tasks.networks import make_classifier
+from visionattn.tasks.progress import tracked
 
 _BATCH = 32  # pictures predicted at once
 
@@ -241,7 +240,7 @@ def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[st
     classifier.model.to(device)
     metrics = [MulticlassAccuracy(count, top_k=k, average="micro").to(device) for k in (1, min(5, count))]
     images, skipped, start = 0, [], time.perf_counter()
-    for batch in track(loader, description="evaluating", transient=True, disable=not sys.stderr.isatty()):
+    for batch in tracked(loader, len(source)):
         skipped += batch["skipped"]
         if len(batch["label"]):
             logits = classifier.model(batch["image"].to(device))

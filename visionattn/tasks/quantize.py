@@ -37,7 +37,11 @@ def quantize_file(path: Path) -> None:
     root.setLevel(logging.ERROR)  # advice to simplify the graph first, by functions of the root logger
     try:
         quantize_dynamic(
-            str(path), str(temporary), op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, per_channel=True
+            str(path),
+            str(temporary),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
         )
         content = onnx.load(str(temporary))
         used = {node.domain for node in content.graph.node}

@@ -18,7 +18,10 @@ NOT_RUN = "not run"
 _IMAGES, _CLASSES = 50_000, 1000  # of ImageNet-1K's validation set
 
 
-def _published(folder: Path) -> dict[str, dict[str, str]]:
+def published_figures(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of ``folder/published.csv`` by full name; none if there is no such file."""
+    if not (folder / "published.csv").is_file():
+        return {}
     with (folder / "published.csv").open(newline="", encoding="utf-8") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
 
@@ -59,7 +62,7 @@ def zoo_table(folder: Path) -> str:
     Args:
         folder: The folder ``checkpoints`` of the repository: published figures, index, agreement, evaluation results.
     """
-    published, errors = _published(folder), _agreement(folder)
+    published, errors = published_figures(folder), _agreement(folder)
     columns = "model", "weights", "parameters", "MACs", "input", "top-1 published", "verified top-1", "agreement"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in visionattn.list_models():
