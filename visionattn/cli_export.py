@@ -65,7 +65,7 @@ def _to_file(args: argparse.Namespace, network: Any) -> None:
     if args.int8:
         from visionattn.tasks.quantize import int8
 
-        change = int8(size or network.size, args.data, args.images, args.max_loss)
+        change = int8(size or network.size, args.data, args.pictures, args.max_loss)
     facts = export(network, settings, args.output, change)
     shape = " x ".join(str(side) for side in facts["input"]["shape"])
     opset = f", opset {facts['opset']}" if "opset" in facts else ""
@@ -112,7 +112,7 @@ def _add_export(commands: Any) -> None:
         "export",
         help="write a model for other programs: torch.export, AOTInductor, ONNX, safetensors, the hub",
         description="visionattn export biformer_s --format onnx --dynamic --output biformer_s.onnx; or "
-        "visionattn export --run outputs/digits --format hub --output DIR. Nothing is kept that differs from the model.",
+        "visionattn export --run outputs/digits --format hub --output DIR. What differs from the model is not kept.",
     )
     add = command.add_argument
     add("models", nargs="*", metavar="NAME", help="a registered model, with or without a tag")
@@ -135,6 +135,7 @@ def _add_export(commands: Any) -> None:
     add("--data", metavar="ROOT", help="with --int8: images in ROOT[/val]/CLASS/IMAGE to measure top-1 on")
     add(
         "--images",
+        dest="pictures",
         type=int,
         metavar="N",
         help="with --int8: how many images (default: all of --data, else 64 of noise)",

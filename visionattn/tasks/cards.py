@@ -13,6 +13,7 @@ from timm.models._hub import generate_readme
 
 import visionattn
 from visionattn.tasks.benchmark_models import FOLDED, macs
+from visionattn.tasks.checkpoints import read_index, sha256
 from visionattn.tasks.export import Exportable
 from visionattn.tasks.zoo import NOT_RUN, published_figures, verified_top1
 
@@ -65,9 +66,18 @@ def _run_metrics(run: Path | None) -> list[str]:
     return lines
 
 
-def _accuracy(network: Exportable, run: Path | None, root: Path) -> dict[str, Any]:
+def _are_published(network: Exportable, root: Path) -> bool:
+    """Whether the weights are those of the model's name: downloaded, or a file that the index lists."""
+    row = read_index(root / CHECKPOINTS).get(network.name, {})
+    listed = (row.get("sha256"), row.get("source_sha256"))
+    return network.weights == "published" or bool(network.checkpoint and sha256(network.checkpoint) in listed)
+
+
+def _accuracy(network: Exportable, run: Path | None, root: Path, published: bool) -> dict[str, Any]:
     if run is not None:
         return {"Measured in training": _run_metrics(run) or "nothing: the run left no metrics"}
+    if not published:
+        return {"Accuracy": "not measured: random weights" if network.weights == "random" else "not measured"}
     facts = published_figures(root / CHECKPOINTS).get(network.name)
     verified = verified_top1(network.name, root / CHECKPOINTS)
     return {
@@ -85,11 +95,12 @@ def card(network: Exportable, run: str | Path | None = None, licence: str | None
     Args:
         network: A classifier of timm or this package.
         run: Folder of the run whose weights they are.
-        licence: Of the weights; by default that of the published ones, and for a run ``other``, which says nothing.
+        licence: Of the weights; by default that of the published ones, and of others ``other``, which says nothing.
     """
     model: Any = network.model
     cfg, root = model.pretrained_cfg, Path(visionattn.__file__).parent.parent
     architecture, folder = cfg["architecture"], Path(run) if run is not None else None
+    published = _are_published(network, root)
     size = (network.in_chans, *network.size)
     count = sum(parameter.numel() for parameter in model.parameters())
     details: dict[str, Any] = {
@@ -98,14 +109,14 @@ def card(network: Exportable, run: str | Path | None = None, licence: str | None
         "MACs (G)": f"{macs(deepcopy(model).to('meta'), size) / 1e9:.3f}",
         "Image size": " x ".join(map(str, size)),
         "Classes": str(len(network.classes)),
-        **_accuracy(network, folder, root),
+        **_accuracy(network, folder, root, published),
     }
     if speeds := _throughput(architecture, root):
         details["Measured throughput"] = speeds
     sources = papers(architecture)
     if sources:
         details["Papers"], details["Original code"] = sources
-    licence = licence or (cfg.get("license") if run is None else None) or "other"
+    licence = licence or (cfg.get("license") if published else None) or "other"
     if licence == "other":
         details["Licence of the weights"] = "not stated; whoever publishes them should state one"
     return dict(

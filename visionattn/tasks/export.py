@@ -23,6 +23,7 @@ from visionattn.tasks.inference import load_model, load_run
 from visionattn.tasks.kinds import kind_of
 
 TASKS = ("classification", "segmentation")
+ORIGINS = ("published", "file", "random", "run")
 TOLERANCE = 1e-3
 _PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
 
@@ -41,6 +42,7 @@ class Exportable:
         preprocessing: How a picture becomes the input.
         checkpoint: File of the weights, if it is known.
         threshold: Of a mask of one class: probability from which a pixel belongs to it.
+        weights: Where they come from, one of ``ORIGINS``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Exportable:
     preprocessing: dict[str, Any]
     checkpoint: str | None = None
     threshold: float | None = None
+    weights: str = "run"
 
 
 class _FirstOutput(nn.Module):
@@ -84,21 +87,32 @@ def from_name(name: str, checkpoint: str | None = None, random_weights: bool = F
     if random_weights:
         model: Any = visionattn.create_model(name).eval()
         classes = [str(i) for i in range(model.num_classes)]
-        return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None)
+        return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None, "random")
     try:
         loaded = load_model(name, checkpoint)
     except RuntimeError as error:
         raise ValueError(f"{name}: {error}; give --checkpoint FILE, or --random-weights to try the format") from error
-    return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint)
+    return _classifier(
+        loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint, "file" if checkpoint else "published"
+    )
 
 
-def _classifier(name: str, model: Any, classes: list[str], data: dict[str, Any], checkpoint: str | None) -> Exportable:
+def _classifier(
+    name: str, model: Any, classes: list[str], data: dict[str, Any], checkpoint: str | None, weights: str
+) -> Exportable:
     channels, height, width = data["input_size"]
-    inner = getattr(model, "backbone", model)
-    fixed = bool((getattr(inner, "pretrained_cfg", None) or {}).get("fixed_input_size"))
-    preprocessing = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    cfg = getattr(getattr(model, "backbone", model), "pretrained_cfg", None) or {}
     return Exportable(
-        name, "classification", model, classes, channels, (height, width), fixed, preprocessing, checkpoint
+        name=name,
+        task="classification",
+        model=model,
+        classes=classes,
+        in_chans=channels,
+        size=(height, width),
+        fixed=bool(cfg.get("fixed_input_size")),
+        preprocessing={key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
+        checkpoint=checkpoint,
+        weights=weights,
     )
 
 
@@ -117,7 +131,7 @@ def from_run(run: str | Path, averaged: bool | None = None) -> Exportable:
     task = kind_of(run)
     if task == "classification":
         loaded = load_run(run, averaged)
-        return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, loaded.checkpoint)
+        return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, loaded.checkpoint, "run")
     if task != "segmentation":
         raise ValueError(f"{run} is of the task {task}; runs of {' and '.join(TASKS)} can be exported")
     from visionattn.tasks.segmentation_inference import load_masker
@@ -253,7 +267,7 @@ def _input_size(network: Exportable, settings: Settings) -> tuple[int, int]:
     if network.fixed and (settings.free == "all" or size != network.size):
         own = "x".join(map(str, network.size))
         raise ValueError(
-            f"{network.name} takes images of {own} pixels only; leave out --size, and of --dynamic only batch is possible"
+            f"{network.name} takes images of {own} pixels only; leave out --size, and of --dynamic take batch"
         )
     return size
 
@@ -327,8 +341,8 @@ def export(
         found = compare(model, run, shapes_to_check(settings.free, batch, network.in_chans, size))
         if found.relative > settings.tolerance:
             raise ValueError(
-                f"not kept: the outputs of the {settings.format} file differ from the model's by {found.relative:.1e} of their "
-                f"RMS (largest difference {found.largest:.1e}), allowed {settings.tolerance:.0e}"
+                f"not kept: the {settings.format} file's outputs differ from the model's by {found.relative:.1e} of "
+                f"their RMS (largest difference {found.largest:.1e}), allowed {settings.tolerance:.0e}"
             )
         facts |= dict(largest_difference=found.largest, relative_difference=found.relative, compared_at=found.shapes)
         facts |= change(temporary, network) if change else {}

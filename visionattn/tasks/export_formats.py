@@ -1,7 +1,7 @@
 """Files that other programs run: writing them, and reading them back into a function to compare with.
 
 Models are traced through the plain form of the operators (``reference.py``), so the files hold PyTorch's or ONNX's own
-operators alone and run without this package. The exception is ``torch.export`` with free height and width, see ``trace``.
+operators alone and run without this package. The exception is ``torch.export`` with free height and width (``trace``).
 """
 
 import logging
@@ -80,11 +80,11 @@ def trace(model: nn.Module, images: Tensor, free: str = "none", plain: bool = Tr
         model: In evaluation mode.
         images: Example, ``[B, C, H, W]``; two or more where the batch is free.
         free: Key of ``FREE``.
-        plain: In PyTorch's own operators. Padding and regions of a map whose sides are only symbols then leave conditions
-            on them that other sizes fail; behind this package's operators they do not arise.
+        plain: In PyTorch's own operators. Padding and regions of a map whose sides are only symbols then leave
+            conditions on them that other sizes fail; behind this package's operators they do not arise.
 
     Raises:
-        ValueError: The model cannot be traced, or calls operators that PyTorch alone does not know though it is ``plain``.
+        ValueError: The model cannot be traced, or ``plain`` and calls operators that PyTorch alone does not know.
     """
     try:
         with use_backend("reference" if plain else "eager"), torch.no_grad(), _quiet():
@@ -116,7 +116,7 @@ def write_aoti(model: nn.Module, images: Tensor, free: str, path: Path, facts: s
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ValueError(
-            f"--format aoti compiles C++ and there is no {compiler}; install g++, set CXX, or use --format torch or onnx"
+            f"--format aoti compiles C++ and there is no {compiler}; install g++ or set CXX, or take torch or onnx"
         )
     program, named = trace(model, images, free), path.with_name(path.name + ".pt2")
     try:

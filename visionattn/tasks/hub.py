@@ -33,7 +33,9 @@ def _described(network: Exportable, arguments: dict[str, Any] | None) -> dict[st
     if network.task != "classification" or not cfg or not timm.is_model(cfg.get("architecture", "")):
         raise ValueError(f"{network.name} is no classifier that timm knows by name, so no hub can build it; use onnx")
     how = {key: tuple(x) if isinstance(x, list) else x for key, x in network.preprocessing.items()}
-    names = dict(label_names=network.classes) if len(set(network.classes)) == len(network.classes) else {}
+    numbers = [str(i) for i in range(len(network.classes))]
+    named = network.classes != numbers and len(set(network.classes)) == len(network.classes)
+    names = dict(label_names=network.classes) if named else {}
     args = dict(arguments or {})
     if network.in_chans != 3:
         args["in_chans"] = network.in_chans

@@ -108,8 +108,8 @@ def int8(
         max_loss: Percent by which top-1 may fall, or of classes that may change.
 
     Returns:
-        A function that changes the file and returns ``{"int8": measurements}``; it raises ValueError where more is lost,
-        or where ``data`` does not fit the network.
+        A function that changes the file and returns ``{"int8": measurements}``; it raises ValueError where more is
+        lost, or where ``data`` does not fit the network.
     """
 
     def change(path: Path, network: Exportable) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import visionattn
 from visionattn.data.datasets import ImageFolder
 from visionattn.data.labelled_folder import LabelledFolder
 from visionattn.models._weights import download_weights
+from visionattn.tasks import zoo
 from visionattn.tasks.checkpoints import full_name, read_index, verify_checkpoint
 from visionattn.tasks.config import compose, write_text
 from visionattn.tasks.inference import evaluate, load_model
-from visionattn.tasks.zoo import PAGES, published_figures, verified_top1, write_tables
 
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -29,7 +29,7 @@ def validation_images(root: str | Path, count: int, labels: str | Path | None = 
     """The validation set in one of its two layouts.
 
     Args:
-        root: ``ROOT/val/CLASS/IMAGE`` or ``ROOT/CLASS/IMAGE``; with ``labels`` a folder of images, or its parent ``ROOT/val``.
+        root: ``ROOT/val/CLASS/IMAGE`` or ``ROOT/CLASS/IMAGE``; with ``labels`` ``ROOT[/val]/IMAGE``.
         count: Classes that the model knows.
         labels: File of labels, see ``visionattn.data.labelled_folder.read_labels``.
 
@@ -96,9 +96,9 @@ def verify(
 ) -> dict[str, Any]:
     """Measure top-1 of a model's weights beside the published figure.
 
-    A result over all 50,000 images goes to ``FOLDER/results/NAME.json``, and the tables of the checkout that FOLDER lies in
-    are written anew. Whether the column fills is decided by ``visionattn.tasks.zoo.verified_top1``. A result over a part
-    is returned and written nowhere.
+    A result over all 50,000 images goes to ``FOLDER/results/NAME.json``, and the tables of the checkout that FOLDER
+    lies in are written anew. Whether the column fills is decided by ``visionattn.tasks.zoo.verified_top1``. A result
+    over a part is returned and written nowhere.
 
     Args:
         name: timm name, with or without a tag.
@@ -123,20 +123,20 @@ def verify(
     config = compose(["data=folder", f"data.root={root}", "data.on_error=skip", *(overrides or [])])
     classifier = load_model(name, checkpoint)
     result = evaluate(classifier, config, source)
-    figure = published_figures(folder).get(result["name"])
+    figure = zoo.published_figures(folder).get(result["name"])
     published = float(figure["top1"]) if figure else None
     result["published_top1"] = published
     result["difference"] = None if published is None else result["top1"] - published
-    result["whole"] = result["images"] == 50_000 and not result["skipped"]
+    result["whole"] = result["images"] == zoo.IMAGES and not result["skipped"]
     written: list[Path] = []
     if result["whole"]:
         path = folder / "results" / f"{result['name']}.json"
         write_text(path, json.dumps(result, indent=1) + "\n")
         written.append(path)
         checkout = folder.resolve().parent
-        if all((checkout / page).is_file() for page in PAGES):
-            written += write_tables(checkout)
-    fills = result["whole"] and verified_top1(result["name"], folder) is not None
+        if all((checkout / page).is_file() for page in zoo.PAGES):
+            written += zoo.write_tables(checkout)
+    fills = result["whole"] and zoo.verified_top1(result["name"], folder) is not None
     return result | dict(fills_column=fills, written=[str(path) for path in written])
 
 
@@ -151,7 +151,7 @@ def summary(result: dict[str, Any]) -> str:
     if result["skipped"]:
         lines.append(f"{result['skipped']} unreadable, first {result['skipped_images'][0]}")
     if not result["whole"]:
-        lines.append("part of the validation set (50,000 images): not written, the column stays as it is")
+        lines.append(f"part of the validation set ({zoo.IMAGES:,} images): not written, the column stays as it is")
     elif not result["fills_column"]:
         lines.append(
             "the index does not list these weights (visionattn convert enters them): the column stays as it is"

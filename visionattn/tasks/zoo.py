@@ -15,7 +15,7 @@ from visionattn.tasks.config import write_text
 BEGIN, END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
 PAGES = ("README.md", "docs/models.md")
 NOT_RUN = "not run"
-_IMAGES, _CLASSES = 50_000, 1000  # of ImageNet-1K's validation set
+IMAGES, _CLASSES = 50_000, 1000  # of ImageNet-1K's validation set
 
 
 def published_figures(folder: Path) -> dict[str, dict[str, str]]:
@@ -41,7 +41,7 @@ def verified_top1(name: str, folder: Path) -> float | None:
     if not path.is_file():
         return None
     result, row = json.loads(path.read_text(encoding="utf-8")), read_index(folder).get(name, {})
-    whole = result["name"] == name and result["images"] == _IMAGES and result["classes"] == _CLASSES
+    whole = result["name"] == name and result["images"] == IMAGES and result["classes"] == _CLASSES
     listed = result["checkpoint_sha256"] in (row.get("sha256"), row.get("source_sha256"))
     known = whole and not result["skipped"] and bool(result["checkpoint_sha256"]) and listed
     return float(result["top1"]) if known else None
