@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ["explain.md", "frameworks.md", "scaling.md"]
+PAGES = ["explain.md", "export.md", "frameworks.md", "scaling.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import visionattn
-from visionattn import cli_explain, cli_shards, cli_web
+from visionattn import cli_explain, cli_export, cli_shards, cli_web
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -326,6 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_benchmark(commands)
     cli_web.add(commands)
     cli_explain.add(commands)
+    cli_export.add(commands)
     args, rest = parser.parse_known_args(argv)
     # argparse gives positional arguments that stand behind an option back as unknown
     listed = next((name for name in ("arguments", "overrides", "images", "models") if hasattr(args, name)), None)

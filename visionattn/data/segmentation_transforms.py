@@ -165,10 +165,15 @@ class SegmentationTransform:
         labels = np.full(sample.image.shape[:2], IGNORE) if sample.mask is None else sample.mask
         return image, tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)))
 
-    def _normalize(self, image: Tensor, name: str) -> Tensor:
-        chans = image.shape[0]
+    def statistics(self, chans: int) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation by which images of so many channels are normalised."""
         mean = list(self.mean if self.mean is not None else _MEAN if chans == 3 else [0.5] * chans)
         std = list(self.std if self.std is not None else _STD if chans == 3 else [0.5] * chans)
+        return mean, std
+
+    def _normalize(self, image: Tensor, name: str) -> Tensor:
+        chans = image.shape[0]
+        mean, std = self.statistics(chans)
         if {len(mean), len(std)} - {1, chans}:
             raise ValueError(
                 f"{name} has {chans} channels, but mean has {len(mean)} and std {len(std)} values; "

@@ -1,6 +1,5 @@
 """Using a trained classifier: evaluation on a split, and predictions for pictures."""
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import hydra
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
-from rich.progress import track
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,6 +22,7 @@ from visionattn.tasks.checkpoints import full_name, read_torch_file, sha256
 from visionattn.tasks.config import check_sources, compose
 from visionattn.tasks.files import replaced
 from visionattn.tasks.networks import make_classifier
+from visionattn.tasks.progress import tracked
 
 _BATCH = 32  # pictures predicted at once
 
@@ -251,7 +250,7 @@ def evaluate(classifier: Classifier, config: DictConfig, source: Any) -> dict[st
     classifier.model.to(device)
     metrics = [MulticlassAccuracy(count, top_k=k, average="micro").to(device) for k in (1, min(5, count))]
     images, skipped, start = 0, [], time.perf_counter()
-    for batch in track(loader, description="evaluating", transient=True, disable=not sys.stderr.isatty()):
+    for batch in tracked(loader, len(source)):
         skipped += batch["skipped"]
         if len(batch["label"]):
             logits = classifier.model(batch["image"].to(device))

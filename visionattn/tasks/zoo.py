@@ -15,10 +15,13 @@ from visionattn.tasks.config import write_text
 BEGIN, END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
 PAGES = ("README.md", "docs/models.md")
 NOT_RUN = "not run"
-_IMAGES, _CLASSES = 50_000, 1000  # of ImageNet-1K's validation set
+IMAGES, _CLASSES = 50_000, 1000  # of ImageNet-1K's validation set
 
 
-def _published(folder: Path) -> dict[str, dict[str, str]]:
+def published_figures(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of ``folder/published.csv`` by full name; none if there is no such file."""
+    if not (folder / "published.csv").is_file():
+        return {}
     with (folder / "published.csv").open(newline="", encoding="utf-8") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
 
@@ -38,7 +41,7 @@ def verified_top1(name: str, folder: Path) -> float | None:
     if not path.is_file():
         return None
     result, row = json.loads(path.read_text(encoding="utf-8")), read_index(folder).get(name, {})
-    whole = result["name"] == name and result["images"] == _IMAGES and result["classes"] == _CLASSES
+    whole = result["name"] == name and result["images"] == IMAGES and result["classes"] == _CLASSES
     listed = result["checkpoint_sha256"] in (row.get("sha256"), row.get("source_sha256"))
     known = whole and not result["skipped"] and bool(result["checkpoint_sha256"]) and listed
     return float(result["top1"]) if known else None
@@ -59,7 +62,7 @@ def zoo_table(folder: Path) -> str:
     Args:
         folder: The folder ``checkpoints`` of the repository: published figures, index, agreement, evaluation results.
     """
-    published, errors = _published(folder), _agreement(folder)
+    published, errors = published_figures(folder), _agreement(folder)
     columns = "model", "weights", "parameters", "MACs", "input", "top-1 published", "verified top-1", "agreement"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in visionattn.list_models():

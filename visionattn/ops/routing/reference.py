@@ -55,7 +55,8 @@ def routed_attention(
     k, v = (
         x.flatten(3).gather(2, pick).reshape(B, heads, P, n * T_k, head_dim) for x in (k, v)
     )  # [B, heads, P, K*T_k, d]
-    valid = (index >= 0).repeat_interleave(T_k, dim=3)[:, :, :, None]  # [B, heads, P, 1, K*T_k]
+    # not repeat_interleave, whose translation to ONNX is wrong for a number of repeats that is only a symbol
+    valid = (index >= 0)[..., None].expand(-1, -1, -1, -1, T_k).flatten(3)[:, :, :, None]  # [B, heads, P, 1, K*T_k]
     # zeroed, or an infinite value of region 0 would come through as inf * 0
     k, v = (x.masked_fill(~valid.transpose(3, 4), 0.0) for x in (k, v))
     empty = ~valid.any(dim=-1, keepdim=True)  # such rows give 0 and no gradient

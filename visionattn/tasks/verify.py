@@ -1,0 +1,160 @@
+"""Top-1 of published weights against the published figure, for the table of models."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo
+
+import visionattn
+from visionattn.data.datasets import ImageFolder
+from visionattn.data.labelled_folder import LabelledFolder
+from visionattn.models._weights import download_weights
+from visionattn.tasks import zoo
+from visionattn.tasks.checkpoints import full_name, read_index, verify_checkpoint
+from visionattn.tasks.config import compose, write_text
+from visionattn.tasks.inference import evaluate, load_model
+
+_SYNSET = re.compile(r"n\d{8}")
+
+
+def synsets() -> list[str]:
+    """The 1000 classes of ImageNet-1K by their WordNet numbers, in label order."""
+    info = ImageNetInfo("imagenet-1k")
+    return [info.index_to_label_name(i) for i in range(info.num_classes())]
+
+
+def validation_images(root: str | Path, count: int, labels: str | Path | None = None) -> ImageFolder | LabelledFolder:
+    """The validation set in one of its two layouts.
+
+    Args:
+        root: ``ROOT/val/CLASS/IMAGE`` or ``ROOT/CLASS/IMAGE``; with ``labels`` ``ROOT[/val]/IMAGE``.
+        count: Classes that the model knows.
+        labels: File of labels, see ``visionattn.data.labelled_folder.read_labels``.
+
+    Raises:
+        FileNotFoundError: There are no images.
+        ValueError: Other classes than the model's.
+    """
+    root = Path(root)
+    split = "val" if (root / "val").is_dir() else ""
+    names = synsets() if count == 1000 else None
+    if labels is not None:
+        return LabelledFolder(root / split, labels, names or [str(i) for i in range(count)])
+    if (root / split).is_dir() and not any(entry.is_dir() for entry in (root / split).iterdir()):
+        raise FileNotFoundError(f"{root / split} holds no class folders; for one folder of images give --labels FILE")
+    source = ImageFolder(root, split)
+    if names and all(_SYNSET.fullmatch(name) for name in source.classes) and len(source.classes) < count:
+        source = ImageFolder(root, split, classes=names)  # part of the set: labels are still those of the whole
+    if len(source.classes) != count:
+        raise ValueError(
+            f"{root / split} has {len(source.classes)} class folders, the model knows {count} classes; "
+            "give the set that its weights were trained on"
+        )
+    return source
+
+
+def weights_of(name: str, folder: Path) -> str:
+    """The file of a model's published weights: that of the index if it is there, else downloaded.
+
+    Args:
+        name: timm name, with or without a tag.
+        folder: Folder of ``index.csv``.
+
+    Raises:
+        ValueError: No weights are published, or a file in the folder is not the one that the index lists.
+        FileNotFoundError: They cannot be had.
+    """
+    model: Any = visionattn.create_model(name, device="meta")
+    identifier, cfg = full_name(model), model.pretrained_cfg
+    row = read_index(folder).get(identifier)
+    if row and (folder / row["file"]).is_file():
+        verify_checkpoint(folder / row["file"])
+        return str(folder / row["file"])
+    try:
+        if cfg.get("hf_hub_id"):
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(cfg["hf_hub_id"], cfg.get("hf_hub_filename") or "model.safetensors")
+        if cfg.get("url"):
+            return str(download_weights(cfg["url"], f"{cfg['architecture']}.{cfg.get('tag') or 'default'}.pth"))
+    except (OSError, RuntimeError) as error:  # huggingface_hub's errors are of the first type
+        raise FileNotFoundError(
+            f"the weights of {identifier} cannot be had: {error}; give --checkpoint FILE"
+        ) from error
+    raise ValueError(f"no weights are published for {identifier}; give --checkpoint FILE")
+
+
+def verify(
+    name: str,
+    root: str | Path,
+    checkpoint: str | None = None,
+    folder: str | Path = "checkpoints",
+    labels: str | Path | None = None,
+    overrides: list[str] | None = None,
+) -> dict[str, Any]:
+    """Measure top-1 of a model's weights beside the published figure.
+
+    A result over all 50,000 images goes to ``FOLDER/results/NAME.json``, and the tables of the checkout that FOLDER
+    lies in are written anew. Whether the column fills is decided by ``visionattn.tasks.zoo.verified_top1``. A result
+    over a part is returned and written nowhere.
+
+    Args:
+        name: timm name, with or without a tag.
+        root: As for ``validation_images``.
+        checkpoint: File of weights; by default that of the index, or the published one.
+        folder: Folder of ``published.csv``, ``index.csv`` and ``results``.
+        labels: As for ``validation_images``.
+        overrides: Changes to ``configs/train.yaml``, for example ``data.batch_size=64``.
+
+    Returns:
+        As ``evaluate``, with ``published_top1``, ``difference`` in points, ``whole`` (all 50,000 images were read) and
+        ``fills_column``; ``written`` lists the files.
+
+    Raises:
+        FileNotFoundError: Images, labels or weights are missing.
+        ValueError: An unknown name, weights that do not fit, or images of other classes.
+    """
+    folder = Path(folder)
+    checkpoint = checkpoint or weights_of(name, folder)
+    count = int(visionattn.create_model(name, device="meta").num_classes)
+    source = validation_images(root, count, labels)
+    config = compose(["data=folder", f"data.root={root}", "data.on_error=skip", *(overrides or [])])
+    classifier = load_model(name, checkpoint)
+    result = evaluate(classifier, config, source)
+    figure = zoo.published_figures(folder).get(result["name"])
+    published = float(figure["top1"]) if figure else None
+    result["published_top1"] = published
+    result["difference"] = None if published is None else result["top1"] - published
+    result["whole"] = result["images"] == zoo.IMAGES and not result["skipped"]
+    written: list[Path] = []
+    if result["whole"]:
+        path = folder / "results" / f"{result['name']}.json"
+        write_text(path, json.dumps(result, indent=1) + "\n")
+        written.append(path)
+        checkout = folder.resolve().parent
+        if all((checkout / page).is_file() for page in zoo.PAGES):
+            written += zoo.write_tables(checkout)
+    fills = result["whole"] and zoo.verified_top1(result["name"], folder) is not None
+    return result | dict(fills_column=fills, written=[str(path) for path in written])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a few lines."""
+    lines = [
+        f"{result['name']}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images"
+    ]
+    if result["published_top1"] is not None:
+        lines.append(f"published {result['published_top1']:.1f} %, difference {result['difference']:+.2f} points")
+    lines.append(f"{result['images_per_second']:.1f} images/s, weights SHA-256 {result['checkpoint_sha256']}")
+    if result["skipped"]:
+        lines.append(f"{result['skipped']} unreadable, first {result['skipped_images'][0]}")
+    if not result["whole"]:
+        lines.append(f"part of the validation set ({zoo.IMAGES:,} images): not written, the column stays as it is")
+    elif not result["fills_column"]:
+        lines.append(
+            "the index does not list these weights (visionattn convert enters them): the column stays as it is"
+        )
+    lines += [f"written: {path}" for path in result["written"]]
+    return "\n".join(lines)
