@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import visionattn
+from visionattn import cli_example
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -200,6 +201,7 @@ def _add_training(commands: Any) -> None:
     command.add_argument("--output", required=True, help="folder to write, which must not exist")
     command.add_argument("--partial", action="store_true", help="accept another number of images than the published")
     command.set_defaults(run=data_command)
+    cli_example.add(actions)
     command = commands.add_parser("train", help="train from a configuration, for example: experiment=digits")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of configs/train.yaml")
     command.add_argument("--show", action="store_true", help="print the composed configuration and stop")
