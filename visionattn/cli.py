@@ -148,7 +148,9 @@ def benchmark_command(args: argparse.Namespace) -> None:
 
     if bool(args.models) + (args.attention is not None) + args.ops != 1:
         raise ValueError("give either names of models or --attention SIDE or --ops")
-    output = Path(args.output) if args.output else None
+    output, plot = (Path(name) if name else None for name in (args.output, args.plot))
+    if plot and not args.models:
+        raise ValueError(f"--plot {plot} is for models; leave it out with --attention and --ops")
     if args.ops:
         from visionattn.tasks.benchmark_ops import benchmark_ops
 
@@ -156,7 +158,8 @@ def benchmark_command(args: argparse.Namespace) -> None:
             print(line, file=sys.stderr, flush=True)
 
         forms = args.forms.split(",") if args.forms else None
-        print(benchmark_ops(output, forms, args.rounds, args.operator, args.shapes, args.dtype or "bf16", report))
+        how = args.operator, args.shapes, args.dtype or "bf16", report, args.format
+        print(benchmark_ops(output, forms, args.rounds, *how))
         return
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -174,7 +177,7 @@ def benchmark_command(args: argparse.Namespace) -> None:
         **{key: getattr(args, key) for key in _SAME_NAME},
     )
     if args.models:
-        print(benchmark_models(args.models, settings, output))
+        print(benchmark_models(args.models, settings, output, args.format, plot))
         return
     from visionattn.tasks.benchmark import benchmark_attention
 
@@ -292,7 +295,9 @@ def _add_benchmark(commands: Any) -> None:
     add("--operator", choices=_OPERATORS, default=_OPERATORS[0], help=f"with --ops (default {_OPERATORS[0]})")
     add("--shapes", choices=("default", "networks", "windows"), default="default", help=_SHAPES_HELP)
     add("--forms", metavar="A,B", help=_FORMS_HELP)
-    add("--output", help="with models or --ops: CSV file to append to")
+    add("--output", help="with models or --ops: file to append to, .csv, .json or .md")
+    add("--format", choices=("csv", "json", "markdown"), help="of --output (default: by its suffix)")
+    add("--plot", help="with models: picture of throughput and latency to draw, .png, .svg or .pdf")
     add("--dim", type=int, default=384, help="with --attention: channels of the maps (default 384)")
     add("--heads", type=int, default=12, help="with --attention: attention heads (default 12)")
     add("--batch-size", "--batch", type=int, default=1, help="images at once (default 1)")

@@ -13,9 +13,9 @@ _TRAIN, _VAL = 3, 2  # of each class: 20 images together
 def write_example(folder: str | Path) -> dict[str, int]:
     """Write 20 handwritten digits of four classes, and one more to predict.
 
-    They are the first of the digits that ``EmbeddedDigits`` keeps from training, so a run on its training split has not
-    seen them: ``FOLDER/train/CLASS/IMAGE`` (three a class), ``FOLDER/val/CLASS/IMAGE`` (two) and ``FOLDER/picture.png``, a
-    seven; 28 x 28 pixels, grey.
+    ``FOLDER/train/CLASS/IMAGE`` (three a class), ``FOLDER/val/CLASS/IMAGE`` (two) and ``FOLDER/picture.png``, a seven;
+    28 x 28 pixels, grey. They are of those that ``EmbeddedDigits`` holds out, so a run on its training split has not
+    seen them.
 
     Args:
         folder: Must not exist.

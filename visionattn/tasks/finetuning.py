@@ -65,5 +65,7 @@ def _classifier_keys(model: Any, weights: dict[str, Tensor]) -> list[str]:
     names = [f"{name}." for name, module in model.named_modules() if module is classifier]
     own = model.state_dict()
     return [
-        key for key, value in own.items() if key.startswith(tuple(names)) or weights.get(key, value).shape != value.shape
+        key
+        for key, value in own.items()
+        if key.startswith(tuple(names)) or weights.get(key, value).shape != value.shape
     ]
