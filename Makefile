@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 # installed-train and installed-dev: the package with that extra, in the tested versions
@@ -33,6 +33,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the pages as a site in outputs/site; every warning is an error
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv outputs build dist
