@@ -321,8 +321,8 @@ def _add_benchmark(commands: Any) -> None:
     command.set_defaults(run=benchmark_command)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; errors that a user can cause end with one line and exit code 1."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as its parser understands it; ``run`` is the function of the command."""
     parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on efficient attention.")
     parser.add_argument("--version", action="version", version=visionattn.__version__)
     commands = parser.add_subparsers(required=True)
@@ -336,6 +336,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if listed:
         setattr(args, listed, getattr(args, listed) + rest)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; errors that a user can cause end with one line and exit code 1."""
+    args = parse(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("visionattn").setLevel(logging.INFO)  # what VISIONATTN_AUTOTUNE=1 finds
     try:
