@@ -4,7 +4,7 @@ BIN := .venv/bin
 # what installs; make INSTALL='uv pip install --python .venv/bin/python' takes a third of pip's time
 INSTALL ?= $(BIN)/python -m pip install
 
-.PHONY: demo test test-all test-browser lint clean
+.PHONY: demo test test-all test-browser lint docs clean
 .DELETE_ON_ERROR:
 
 # installed-train and installed-dev: the package with that extra, in the tested versions
@@ -39,6 +39,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the pages as a site in outputs/site; every warning is an error
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv outputs build dist

@@ -1,4 +1,4 @@
-"""Write the table of models into README.md and docs/models.md; --check only says whether they are up to date."""
+"""Write the tables of models into README.md and the docs; --check only says whether they are up to date."""
 
 import argparse
 import sys

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import visionattn
-from visionattn import cli_explain, cli_export, cli_shards, cli_web
+from visionattn import cli_example, cli_explain, cli_export, cli_shards, cli_web
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -148,7 +148,9 @@ def benchmark_command(args: argparse.Namespace) -> None:
 
     if bool(args.models) + (args.attention is not None) + args.ops != 1:
         raise ValueError("give either names of models or --attention SIDE or --ops")
-    output = Path(args.output) if args.output else None
+    output, plot = (Path(name) if name else None for name in (args.output, args.plot))
+    if plot and not args.models:
+        raise ValueError(f"--plot {plot} is for models; leave it out with --attention and --ops")
     if args.ops:
         from visionattn.tasks.benchmark_ops import benchmark_ops
 
@@ -156,7 +158,8 @@ def benchmark_command(args: argparse.Namespace) -> None:
             print(line, file=sys.stderr, flush=True)
 
         forms = args.forms.split(",") if args.forms else None
-        print(benchmark_ops(output, forms, args.rounds, args.operator, args.shapes, args.dtype or "bf16", report))
+        how = args.operator, args.shapes, args.dtype or "bf16", report, args.format
+        print(benchmark_ops(output, forms, args.rounds, *how))
         return
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -174,7 +177,7 @@ def benchmark_command(args: argparse.Namespace) -> None:
         **{key: getattr(args, key) for key in _SAME_NAME},
     )
     if args.models:
-        print(benchmark_models(args.models, settings, output))
+        print(benchmark_models(args.models, settings, output, args.format, plot))
         return
     from visionattn.tasks.benchmark import benchmark_attention
 
@@ -202,6 +205,7 @@ def _add_training(commands: Any) -> None:
     command.add_argument("--partial", action="store_true", help="accept another number of images than the published")
     command.set_defaults(run=data_command)
     cli_shards.add(actions)
+    cli_example.add(actions)
     command = commands.add_parser("train", help="train from a configuration, for example: experiment=digits")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of configs/train.yaml")
     command.add_argument("--show", action="store_true", help="print the composed configuration and stop")
@@ -292,7 +296,9 @@ def _add_benchmark(commands: Any) -> None:
     add("--operator", choices=_OPERATORS, default=_OPERATORS[0], help=f"with --ops (default {_OPERATORS[0]})")
     add("--shapes", choices=("default", "networks", "windows"), default="default", help=_SHAPES_HELP)
     add("--forms", metavar="A,B", help=_FORMS_HELP)
-    add("--output", help="with models or --ops: CSV file to append to")
+    add("--output", help="with models or --ops: file to append to, .csv, .json or .md")
+    add("--format", choices=("csv", "json", "markdown"), help="of --output (default: by its suffix)")
+    add("--plot", help="with models: picture of throughput and latency to draw, .png, .svg or .pdf")
     add("--dim", type=int, default=384, help="with --attention: channels of the maps (default 384)")
     add("--heads", type=int, default=12, help="with --attention: attention heads (default 12)")
     add("--batch-size", "--batch", type=int, default=1, help="images at once (default 1)")
@@ -316,8 +322,8 @@ def _add_benchmark(commands: Any) -> None:
     command.set_defaults(run=benchmark_command)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point; errors that a user can cause end with one line and exit code 1."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as its parser understands it; ``run`` is the function of the command."""
     parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on efficient attention.")
     parser.add_argument("--version", action="version", version=visionattn.__version__)
     commands = parser.add_subparsers(required=True)
@@ -334,6 +340,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if listed:
         setattr(args, listed, getattr(args, listed) + rest)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; errors that a user can cause end with one line and exit code 1."""
+    args = parse(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("visionattn").setLevel(logging.INFO)  # what VISIONATTN_AUTOTUNE=1 finds
     try:

@@ -1,6 +1,7 @@
 """Timing of models and attention layers."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close
+from PIL import Image
 from torch import nn
 
 from visionattn.cli import main
 from visionattn.layers.routing_attention import RoutingAttention
-from visionattn.tasks import benchmark_models
+from visionattn.tasks import benchmark_models, timing
 from visionattn.tasks.benchmark_dense import gathered
 from visionattn.tasks.benchmark_models import COLUMNS, Settings
-from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
+from visionattn.tasks.records import ORIGIN, markdown, origin
+from visionattn.tasks.row_files import CsvFile, row_file
 from visionattn.tasks.timing import times_in_turn
 
 
@@ -48,13 +51,14 @@ def test_models_are_timed_side_by_side(capsys):
     output = capsys.readouterr().out
     found = table_rows(output)
     assert [row[0] for row in found] == ["`test_patnet`", "`test_patnet:folded`", "`test_ninformer`"]
-    median, fastest, rate, ratio, single = map(float, found[0][3:8])
-    assert ratio == 1 and fastest <= median and rate == pytest.approx(3000 / median, rel=0.05)
+    median, p90, p99, fastest, rate, ratio, single = map(float, found[0][3:10])
+    assert ratio == 1 and fastest <= median <= p90 <= p99 and rate == pytest.approx(3000 / median, rel=0.05)
     assert 0 < single < median * 2
     assert "Batch 3" in output and "PyTorch" in output
 
 
-def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog):
+def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(timing, "_REPORT_EVERY", 1e9)  # or a slow machine would have more to say
     caplog.set_level("INFO", logger="visionattn")
     path = tmp_path / "new" / "models.csv"
     modes = "--modes", "inference,training,features", "--rounds", "1", "--batch-size", "2", "--output", str(path)
@@ -75,6 +79,43 @@ def test_every_mode_makes_a_row_of_the_csv_file(tmp_path, capsys, caplog):
     benchmark("test_nat", "--rounds", "1", "--output", str(path))
     assert len(read(path)) == 4 and path.read_text().count("median_ms") == 1
     assert len(table_rows(capsys.readouterr().out)) == 4
+
+
+def test_percentiles_are_of_all_rounds(monkeypatch):
+    times = [0.001 * i for i in range(1, 101)]
+    monkeypatch.setattr(benchmark_models, "times_in_turn", lambda calls, *rest, **more: dict.fromkeys(calls, times))
+    (row,) = benchmark_models._rows(["test_patnet"], "inference", Settings(rounds=100))
+    assert (row["median_ms"], row["p90_ms"], row["p99_ms"], row["fastest_ms"]) == (50.5, 90.1, 99.01, 1)
+
+
+def test_long_work_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(timing, "_REPORT_EVERY", 0)
+    lines = []
+    times_in_turn({"a": lambda: None}, 3, "cpu", warm_ups=1, report=lines.append)
+    assert lines == ["warming up", "round 1 of 3", "round 2 of 3"]
+
+
+def test_rows_as_json_and_as_a_picture(tmp_path):
+    path, plot = tmp_path / "new" / "rows.json", tmp_path / "other" / "rows.png"
+    benchmark("test_patnet", "--rounds", "1", "--output", str(path), "--plot", str(plot))
+    benchmark("test_nat", "--rounds", "1", "--output", str(path))
+    rows = json.loads(path.read_text())
+    assert [row["model"] for row in rows] == ["test_patnet", "test_nat"] and list(rows[0]) == [*COLUMNS, *ORIGIN]
+    assert rows[0]["peak_gib"] is None and rows[0]["median_ms"] > 0
+    with Image.open(plot) as image:
+        grey = image.convert("L")
+        assert grey.width > 600 and len(grey.getcolors(256)) > 10
+    assert [p.name for p in plot.parent.iterdir()] == ["rows.png"]
+
+
+def test_bad_plots_and_formats_name_the_remedy(tmp_path):
+    for arguments, message in (
+        (("test_nat", "--plot", "rows.txt"), "--plot rows.txt: expected the name of a file that ends with .png"),
+        (("test_nat", "--output", "rows.xml"), "expected the suffix .csv, .json, .md, or --format csv|json|markdown"),
+        (("--attention", "14", "--plot", "a.png"), "--plot a.png is for models"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            benchmark(*arguments)
 
 
 def test_networks_with_heads_are_timed(tmp_path):
@@ -212,6 +253,25 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
     assert path.read_text() == "a,b\n1,2\n3,\n"
     with pytest.raises(ValueError, match="'c'"):
         CsvFile(path, ("a", "b")).append(dict(c=3))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.md"])
+def test_other_formats_grow_and_keep_their_columns(tmp_path, name):
+    path = tmp_path / name
+    row_file(path, ("a", "b")).append(dict(a="x|y"))
+    row_file(path, ("a", "b")).append(dict(a=1, b=2))
+    text = path.read_text()
+    if name.endswith("json"):
+        assert json.loads(text) == [dict(a="x|y", b=None), dict(a=1, b=2)]
+        (tmp_path / "bad.json").write_text("{")
+        with pytest.raises(ValueError, match="bad.json is no JSON"):
+            row_file(tmp_path / "bad.json", ("a",))
+    else:
+        assert text == "| a | b |\n|---|---|\n| x\\|y |  |\n| 1 | 2 |\n"
+    with pytest.raises(ValueError, match="has the columns a,b, .*choose another --output"):
+        row_file(path, ("a", "c"))
+    assert path.read_text() == text
+    assert row_file(tmp_path / "rows.txt", ("a",), "csv").columns == ["a"]
 
 
 def test_origin_names_versions_and_commit():

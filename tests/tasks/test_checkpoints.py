@@ -159,9 +159,39 @@ def test_only_a_whole_run_of_the_listed_weights_verifies(folder, change, expecte
     assert "test_biformer" not in table
 
 
+def test_speeds_are_of_the_fastest_run_that_was_not_compiled(tmp_path):
+    path = tmp_path / "models.csv"
+    columns = "model", "mode", "height", "width", "compile", "cuda_graph", "images_per_s", "peak_gib"
+    rows = [
+        ("a", "training", 224, 224, "", False, 100, 3),
+        ("a", "training", 224, 224, "", True, 1200, 4.04),
+        ("a", "training", 224, 224, "default", False, 9999, 5),
+        ("a:folded", "inference", 224, 224, "", False, 2000, 1),
+        ("a", "inference", 384, 384, "", True, 5000, 1),
+        ("a", "features", 224, 224, "", True, 5000, 1),
+    ]
+    path.write_text("\n".join(",".join(map(str, row)) for row in (columns, *rows)) + "\n")
+    expected = {"images/s, training": "1,200", "GiB of training": "4.0", "images/s, inference": "2,000 *"}
+    assert zoo.measured_speeds(path) == {"a": expected}
+
+
+def test_families_are_summed_up():
+    rows = [
+        {"family": "nat", "model": "`nat_t`", "parameters": "27.9 M", "top-1 published": "[83.2](x)"},
+        {"family": "nat", "model": "`nat_b`", "parameters": "89.8 M", "top-1 published": "[84.3](x)"},
+        {"family": "nat", "model": "", "parameters": "89.8 M", "top-1 published": "-"},
+        {"family": "own", "model": "`own`", "parameters": "1.0 M", "top-1 published": "-"},
+    ]
+    lines = zoo.family_table(rows).splitlines()[2:]
+    assert lines[0] == "| [nat](docs/families/nat.md) | `nat_t`, `nat_b` | 27.9 to 89.8 M | 84.3 |"
+    assert lines[1].endswith("| `own` | 1 to 1 M | - |")
+
+
 def test_page_without_markers_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(visionattn, "list_models", lambda: ["biformer_t"])
     shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "benchmarks" / "models.csv", tmp_path / "docs" / "benchmarks")
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md must hold the markers"):
         zoo.pages_with_table(tmp_path)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.tasks.benchmark_heads import head_loss, head_network, is_detector
-from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
+from visionattn.tasks.benchmark_plot import check_plot, plot_models
+from visionattn.tasks.records import ORIGIN, markdown, origin
+from visionattn.tasks.row_files import row_file
 from visionattn.tasks.timing import capture, times_in_turn
 
 _logger = logging.getLogger("visionattn")
@@ -29,7 +32,9 @@ MODES = ("inference", "training", "features")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SETTINGS = ("batch", "rounds", "dtype", "autocast", "channels_last", "compile", "cuda_graph", "model_kwargs")
-_FIGURES = ("median_ms", "fastest_ms", "images_per_s", "one_image_ms", "peak_gib", "parameters_m", "gmacs")
+_PERCENTILES = dict(median_ms=50, p90_ms=90, p99_ms=99, fastest_ms=0)
+_FACTS = ("one_image_ms", "peak_gib", "parameters_m", "gmacs")
+_FIGURES = (*_PERCENTILES, "images_per_s", *_FACTS)
 COLUMNS = ("model", "mode", "height", "width", *_SETTINGS, *_FIGURES)
 
 
@@ -227,13 +232,13 @@ def _rows(names: list[str], mode: str, settings: Settings) -> list[dict[str, Any
         prepared[name] = _prepare(name, mode, settings)  # compiles kernels, which can take minutes the first time
         _logger.info("%s, %s: ready after %.0f s", name, mode, time.perf_counter() - start)
     calls = {(name, n): step for name, (steps, _) in prepared.items() for n, step in steps.items()}
-    seconds = times_in_turn(calls, settings.rounds, settings.device)
+    seconds = times_in_turn(calls, settings.rounds, settings.device, report=partial(_logger.info, "%s: %s", mode))
     rows = []
     for name, (_, facts) in prepared.items():
         batch = seconds[name, settings.batch]
         row = {key: getattr(settings, key) for key in _SETTINGS} | facts
         row["model_kwargs"] = " ".join(f"{key}={value}" for key, value in settings.model_kwargs.items())
-        row |= dict(median_ms=1e3 * statistics.median(batch), fastest_ms=1e3 * min(batch))
+        row |= {key: 1e3 * float(np.percentile(batch, q)) for key, q in _PERCENTILES.items()}
         row["images_per_s"] = settings.batch / statistics.median(batch)
         _logger.info("%s, %s: %.0f images/s", name, mode, row["images_per_s"])
         if (name, 1) in seconds:
@@ -248,10 +253,20 @@ def _table(rows: list[dict[str, Any]], settings: Settings, where: dict[str, str]
     lines = []
     for row in rows:
         ratio = first.setdefault(row["mode"], row["median_ms"]) / row["median_ms"]
-        times = f"{row['median_ms']:.2f}", f"{row['fastest_ms']:.2f}", f"{row['images_per_s']:.1f}", f"{ratio:.2f}"
-        facts = [f"{row[key]:.2f}" if key in row else "-" for key in _FIGURES[3:]]
+        times = *(f"{row[key]:.2f}" for key in _PERCENTILES), f"{row['images_per_s']:.1f}", f"{ratio:.2f}"
+        facts = [f"{row[key]:.2f}" if key in row else "-" for key in _FACTS]
         lines.append([f"`{row['model']}`", row["mode"], f"{row['height']}x{row['width']}", *times, *facts])
-    columns = ("", "mode", "pixels", "median ms", "fastest ms", "images/s", "times as fast as the first")
+    columns = (
+        "",
+        "mode",
+        "pixels",
+        "median ms",
+        "p90 ms",
+        "p99 ms",
+        "fastest ms",
+        "images/s",
+        "times as fast as the first",
+    )
     table = markdown((*columns, "ms for one image", "peak GiB", "M parameters", "GMACs"), lines)
     words = [f"Batch {settings.batch}", settings.dtype if settings.autocast else f"{settings.dtype} weights"]
     words += [key.replace("_", " ") for key in ("channels_last", "cuda_graph") if getattr(settings, key)]
@@ -261,26 +276,36 @@ def _table(rows: list[dict[str, Any]], settings: Settings, where: dict[str, str]
     return f"{table}\n\n{', '.join(words)}, {where['device']}, {settings.rounds} rounds in turn; {versions}."
 
 
-def benchmark_models(names: list[str], settings: Settings, path: Path | None = None) -> str:
+def benchmark_models(
+    names: list[str], settings: Settings, path: Path | None = None, form: str | None = None, plot: Path | None = None
+) -> str:
     """Time models in turn.
 
     Args:
         names: Names of timm or this package; ``NAME:folded`` for the form of ``timm.utils.reparameterize_model``;
             networks with heads as ``head_network`` takes them.
         settings: Modes, sizes and types.
-        path: CSV file to append to.
+        path: File to append to, row by row.
+        form: Its format, as ``row_file`` takes it; by default that of its suffix.
+        plot: Picture to draw.
 
     Returns:
         A Markdown table.
 
     Raises:
-        ValueError: An unknown model, one that does not take the arguments or sizes, or a file with other columns.
+        ValueError: An unknown model, format or suffix, a model that does not take the arguments or sizes, or a file
+            with other columns.
     """
     # convolutions are chosen by trying where sizes never change; a detector's objects are as many as it finds
     torch.backends.cudnn.benchmark = not any(is_detector(name) for name in names)
-    file, where, rows = CsvFile(path, (*COLUMNS, *ORIGIN)), origin(settings.device), []
+    file, where, rows = row_file(path, (*COLUMNS, *ORIGIN), form), origin(settings.device), []
+    if plot:
+        check_plot(plot)
     for mode in settings.modes:
         for row in _rows(names, mode, settings):
             file.append(row | where)
             rows.append(row)
-    return _table(rows, settings, where)
+    table = _table(rows, settings, where)
+    if plot:
+        plot_models(rows, table.rpartition("\n")[2], plot)
+    return table

@@ -12,7 +12,8 @@ from visionattn.ops import use_backend
 from visionattn.tasks import benchmark_neighborhood, benchmark_routing, benchmark_state, benchmark_sum
 from visionattn.tasks.benchmark_models import DTYPES
 from visionattn.tasks.operator_forms import Data, Form, Operator, check, generator
-from visionattn.tasks.records import ORIGIN, CsvFile, markdown, origin
+from visionattn.tasks.records import ORIGIN, markdown, origin
+from visionattn.tasks.row_files import row_file
 from visionattn.tasks.timing import events_ms, extra_mib, graph_ms, host_us
 
 OPERATORS = {
@@ -161,19 +162,21 @@ def benchmark_ops(
     shapes: str = "default",
     dtype: str = "bf16",
     report: Callable[[str], object] = lambda line: None,
+    file_format: str | None = None,
 ) -> str:
     """Check and time an operator and its peers at every shape of a set.
 
     A peer that cannot run, or that computes something else, is in the table with the reason instead of figures.
 
     Args:
-        path: CSV file to append to, row by row.
+        path: File to append to, row by row.
         forms: Of the operator's; None or empty for all.
         rounds: Replays of each graph; fewer of calls that take long.
         operator: Of ``OPERATORS``.
         shapes: Of the operator's sets.
         dtype: Of ``DTYPES``.
         report: Called with a line after each row.
+        file_format: As ``row_file`` takes it; by default that of the path's suffix.
 
     Returns:
         A Markdown table.
@@ -192,7 +195,7 @@ def benchmark_ops(
     chosen, left_out = _chosen(found, forms or [])
     for line in left_out:
         report(line)
-    file, where, lines = CsvFile(path, (*COLUMNS, *ORIGIN)), origin(_DEVICE), []
+    file, where, lines = row_file(path, (*COLUMNS, *ORIGIN), file_format), origin(_DEVICE), []
     for name, shape in found.sets[shapes]().items():
         data = found.inputs(shape, DTYPES[dtype], _DEVICE)
         for form in (form for form in chosen if found.forms[form].fits(shape)):

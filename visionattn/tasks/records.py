@@ -1,13 +1,11 @@
-"""Results of benchmarks as rows: a CSV file that only grows, a Markdown table, and where and with what they arose."""
+"""Results of benchmarks: a Markdown table, and where and with what they arose."""
 
-import csv
 import datetime
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,44 +42,6 @@ def origin(device: str) -> dict[str, str]:
     values = where, torch.__version__, _version("triton"), _version("timm"), platform.python_version()
     today = datetime.date.today().isoformat()
     return dict(zip(ORIGIN, (*values, visionattn.__version__, _commit(), today), strict=True))
-
-
-class CsvFile:
-    """A file of rows under one header; ``path`` None keeps nothing.
-
-    Args:
-        path: The file, made with its folder if need be.
-        columns: Its header.
-
-    Raises:
-        ValueError: The path is a folder, or a file with other columns.
-    """
-
-    def __init__(self, path: Path | None, columns: Sequence[str]):
-        self.path, self.columns = path, list(columns)
-        if path is None:
-            return
-        if path.is_dir():
-            raise ValueError(f"--output {path} is a folder; give the name of a CSV file")
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                header = next(csv.reader(file), None)
-            if header is not None and header != self.columns:
-                raise ValueError(
-                    f"{path} has the columns {','.join(header)}, rows of this version have {','.join(self.columns)}; "
-                    "choose another --output"
-                )
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row; columns that it lacks stay empty."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

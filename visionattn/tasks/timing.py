@@ -10,10 +10,15 @@ import torch
 
 Key = TypeVar("Key")
 _WARM_UPS = 3
+_REPORT_EVERY = 10  # seconds
 
 
 def times_in_turn(
-    calls: dict[Key, Callable[[], object]], rounds: int, device: str, warm_ups: int = 5
+    calls: dict[Key, Callable[[], object]],
+    rounds: int,
+    device: str,
+    warm_ups: int = 5,
+    report: Callable[[str], object] = lambda line: None,
 ) -> dict[Key, list[float]]:
     """Seconds of every call in every round.
 
@@ -24,7 +29,9 @@ def times_in_turn(
         rounds: Times that each is called after those for warming up.
         device: Where the calls work.
         warm_ups: Rounds that do not count.
+        report: Called every ten seconds with a line that says how far the rounds are.
     """
+    said = time.perf_counter()
     seconds: dict[Key, list[float]] = {name: [] for name in calls}
     for i in range(-warm_ups, rounds):
         for name, call in calls.items():
@@ -36,6 +43,9 @@ def times_in_turn(
                 torch.accelerator.synchronize()
             if i >= 0:
                 seconds[name].append(time.perf_counter() - start)
+        if time.perf_counter() - said > _REPORT_EVERY and i + 1 < rounds:
+            said = time.perf_counter()
+            report(f"round {i + 1} of {rounds}" if i >= 0 else "warming up")
     return seconds
 
 

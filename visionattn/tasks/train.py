@@ -26,6 +26,7 @@ from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
 from visionattn.tasks.engine import machines, processes, strategy
 from visionattn.tasks.files import remove_stale
+from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
@@ -148,6 +149,7 @@ def _prepare_images(config: DictConfig, source: Any, val: Any) -> tuple[nn.Modul
     """Network, loaders, what the checkpoint keeps of them, and the number of classes, of a classification run."""
     arguments: Any = OmegaConf.to_container(config.model, resolve=True)
     model = make_classifier(arguments, len(source.classes), config.data.in_chans)
+    load_start(model, config, source.classes)
     defaults = resolve_model_data_config(model)
     data = ImageData(OmegaConf.to_container(config.data, resolve=True), source, val, defaults, config.seed)
     kept = dict(
@@ -174,6 +176,7 @@ def train(config: DictConfig) -> dict[str, float]:
     folder = Path(config.output_dir, config.name)
     resume = _checkpoint(config, folder)
     lightning.seed_everything(config.seed, verbose=False)
+    config = continued(config)
     source = hydra.utils.instantiate(config.data.source, split=config.data.train_split)
     # a folder's validation labels must count the training split's classes
     counted = config.data.source._target_.endswith(("ImageFolder", ".Shards"))
@@ -183,6 +186,8 @@ def train(config: DictConfig) -> dict[str, float]:
         _check_classes(resume, source.classes)
     check_channels(config.data.in_chans)
     task_class = hydra.utils.get_class(config.task._target_)
+    if config.start_from and task_class.kind in KINDS:
+        raise ValueError(f"start_from={config.start_from} is for classification, not for task={task_class.kind}")
     prepare = function(KINDS[task_class.kind].prepare) if task_class.kind in KINDS else _prepare_images
     model, data, kept, num_classes = prepare(config, source, val)
     trainer = _trainer(config, folder, task_class.monitors)

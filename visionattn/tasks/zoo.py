@@ -8,12 +8,14 @@ from typing import Any
 import timm
 
 import visionattn
-from visionattn.tasks.benchmark_models import macs
+from visionattn.tasks.benchmark_models import FOLDED, macs
 from visionattn.tasks.checkpoints import full_name, read_index
 from visionattn.tasks.config import write_text
+from visionattn.tasks.records import markdown
 
 BEGIN, END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
-PAGES = ("README.md", "docs/models.md")
+COLUMNS = "model", "weights", "parameters", "MACs", "input", "top-1 published", "verified top-1", "agreement"
+SPEEDS = "images/s, inference", "images/s, training", "GiB of training"
 NOT_RUN = "not run"
 IMAGES, _CLASSES = 50_000, 1000  # of ImageNet-1K's validation set
 
@@ -56,41 +58,106 @@ def _agreement(folder: Path) -> dict[str, float]:
     return errors
 
 
-def zoo_table(folder: Path) -> str:
-    """Markdown table of every registered backbone, and of further tags that have published figures.
+def _cells(model: Any, published: dict[str, dict[str, str]], folder: Path) -> dict[str, str]:
+    """What is known of a model's weights, by column."""
+    identifier, cfg = full_name(model), model.pretrained_cfg
+    facts, top1 = published.get(identifier), verified_top1(identifier, folder)
+    weights = bool(cfg.get("url") or cfg.get("hf_hub_id"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "weights": identifier if weights else "-",
+        "parameters": f"{count / 1e6:.1f} M",
+        "MACs": f"{macs(model, cfg['input_size']) / 1e9:.2f} G",
+        "input": str(cfg["input_size"][-1]),
+        "top-1 published": f"[{facts['top1']}]({facts['source']})" if facts else "-",
+        "verified top-1": "-" if not weights else NOT_RUN if top1 is None else f"{top1:.2f}",
+    }
+
+
+def zoo_rows(folder: Path, speeds: dict[str, dict[str, str]] | None = None) -> list[dict[str, str]]:
+    """Cells by column of every registered backbone, and of further tags that have published figures.
 
     Args:
         folder: The folder ``checkpoints`` of the repository: published figures, index, agreement, evaluation results.
+        speeds: Further cells by model, as ``measured_speeds`` reads them.
+
+    Returns:
+        Rows with ``COLUMNS``, those of ``speeds``, and ``family``, the name of the file that defines the model.
     """
-    published, errors = published_figures(folder), _agreement(folder)
-    columns = "model", "weights", "parameters", "MACs", "input", "top-1 published", "verified top-1", "agreement"
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    published, errors, rows = published_figures(folder), _agreement(folder), []
     for name in visionattn.list_models():
         if name.startswith("test_"):
             continue
         first = full_name(timm.create_model(name, device="meta"))
-        tags = [first, *(key for key in published if key.startswith(f"{name}.") and key != first)]
-        for identifier in tags:
+        for identifier in [first, *(key for key in published if key.startswith(f"{name}.") and key != first)]:
             model: Any = timm.create_model(identifier, device="meta")
-            cfg, facts, top1 = model.pretrained_cfg, published.get(identifier), verified_top1(identifier, folder)
-            weights = bool(cfg.get("url") or cfg.get("hf_hub_id"))
-            count = sum(parameter.numel() for parameter in model.parameters())
-            row = [
-                f"`{name}`" if identifier == first else "",
-                identifier if weights else "-",
-                f"{count / 1e6:.1f} M",
-                f"{macs(model, cfg['input_size']) / 1e9:.2f} G",
-                str(cfg["input_size"][-1]),
-                f"[{facts['top1']}]({facts['source']})" if facts else "-",
-                "-" if not weights else NOT_RUN if top1 is None else f"{top1:.2f}",
-                f"{errors[name]:.0e}" if name in errors else "-",
-            ]
-            lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+            row = {"family": timm.model_entrypoint(name).__module__.rpartition(".")[2]}
+            row["model"] = f"`{name}`" if identifier == first else ""
+            row |= _cells(model, published, folder)
+            row["agreement"] = f"{errors[name]:.0e}" if name in errors else "-"
+            rows.append(row | ((speeds or {}).get(name, {}) if identifier == first else {}))
+    return rows
+
+
+def rows_table(rows: list[dict[str, str]], columns: tuple[str, ...] = COLUMNS) -> str:
+    """Markdown table of some columns; what a row lacks stays empty."""
+    return markdown(columns, [[row.get(column, "") for column in columns] for row in rows])
+
+
+def zoo_table(folder: Path) -> str:
+    """Markdown table of ``zoo_rows``.
+
+    Args:
+        folder: The folder ``checkpoints`` of the repository.
+    """
+    return rows_table(zoo_rows(folder))
+
+
+def measured_speeds(path: Path) -> dict[str, dict[str, str]]:
+    """Cells of ``SPEEDS`` by model, from the rows at 224 pixels that were not compiled.
+
+    The fastest run counts: of a CUDA graph where there is one, and in inference of the folded form.
+
+    Args:
+        path: CSV file of ``benchmark_models``.
+    """
+    best: dict[tuple[str, str], dict[str, str]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["model"].removesuffix(FOLDED), row["mode"]
+            fits = row["height"] == row["width"] == "224" and not row["compile"] and key[1] in ("inference", "training")
+            if fits and float(row["images_per_s"]) > float(best.get(key, {}).get("images_per_s", 0)):
+                best[key] = row
+    speeds: dict[str, dict[str, str]] = {}
+    for (name, mode), row in best.items():
+        star = "" if row["cuda_graph"] == "True" else " *"
+        speeds.setdefault(name, {})[f"images/s, {mode}"] = f"{float(row['images_per_s']):,.0f}{star}"
+        if mode == "training":
+            speeds[name]["GiB of training"] = f"{float(row['peak_gib']):.1f}"
+    return speeds
+
+
+def family_table(rows: list[dict[str, str]]) -> str:
+    """Markdown table of the families: models, range of parameters, best published accuracy.
+
+    Args:
+        rows: Of ``zoo_rows``.
+    """
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        sizes = sorted(float(row["parameters"].split()[0]) for row in own)
+        published = [
+            float(row["top-1 published"].strip("[").partition("]")[0]) for row in own if "(" in row["top-1 published"]
+        ]
+        names = ", ".join(row["model"] for row in own if row["model"])
+        best = f"{max(published):.1f}" if published else "-"
+        lines.append([f"[{family}](docs/families/{family}.md)", names, f"{sizes[0]:g} to {sizes[-1]:g} M", best])
+    return markdown(("family", "models", "parameters", "best published top-1"), lines)
 
 
 def pages_with_table(root: Path) -> dict[Path, str]:
-    """The pages of the repository that show the table, with the present one in place.
+    """The pages of the repository that show a table of models, with the present one in place.
 
     Args:
         root: The checkout.
@@ -101,8 +168,13 @@ def pages_with_table(root: Path) -> dict[Path, str]:
     Raises:
         ValueError: A page without the two markers.
     """
-    table, pages = zoo_table(root / "checkpoints"), {}
-    for path in (root / name for name in PAGES):
+    rows = zoo_rows(root / "checkpoints", measured_speeds(root / "docs" / "benchmarks" / "models.csv"))
+    tables = {"README.md": family_table(rows), "docs/models.md": rows_table(rows, COLUMNS + SPEEDS)}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        tables[f"docs/families/{family}.md"] = rows_table(own, COLUMNS + SPEEDS)
+    pages = {}
+    for path, table in ((root / name, table) for name, table in tables.items()):
         before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
         _, end, after = rest.partition(END)
         if not begin or not end:
