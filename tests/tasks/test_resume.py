@@ -74,7 +74,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("workers", "later", "epoch", "batch"),
     [
-        (0, 0, 0, 1),
+        pytest.param(0, 0, 0, 1, marks=pytest.mark.thorough),
         pytest.param(1, 2, 1, 2, marks=pytest.mark.slow),  # told between two steps: saved after the second
         pytest.param(2, 0, 0, 4, marks=pytest.mark.thorough),  # told in an epoch's last step: saved in the next epoch
         pytest.param(0, 1, 1, 0, marks=pytest.mark.thorough),

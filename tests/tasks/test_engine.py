@@ -1,0 +1,57 @@
+"""Overrides that change how a network is trained: launchers, compiled and recomputed networks, waits for data."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import visionattn  # noqa: F401
+from visionattn.tasks.engine import compile_mode, machines, set_grad_checkpointing
+from visionattn.tasks.loaders import WaitClock
+
+
+def torchrun(monkeypatch, world, local):
+    for key, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local)):
+        monkeypatch.setenv(key, str(value))
+
+
+def test_numbers_follow_from_torchrun_or_are_errors(monkeypatch):
+    torchrun(monkeypatch, 8, 4)
+    assert machines("auto", "auto", "gpu") == machines(4, 2, "gpu") == (4, 2)
+    with pytest.raises(ValueError, match=r"trainer.devices=8.*torchrun started 4.*trainer.devices=4"):
+        machines(8, "auto", "gpu")
+    with pytest.raises(ValueError, match=r"trainer.num_nodes=3"):
+        machines("auto", 3, "gpu")
+
+
+def test_several_nodes_need_a_launcher(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match=r"num_nodes=2.*torchrun --nnodes=2"):
+        machines(1, 2, "cpu")
+    assert machines("auto", "auto", "cpu") == (1, 1)
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    model, images = timm.create_model("test_biformer", num_classes=3), torch.randn(2, 3, 64, 64)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        set_grad_checkpointing(model)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_networks_without_blocks_and_unknown_modes_are_named():
+    with pytest.raises(ValueError, match="Linear and its parts"):
+        set_grad_checkpointing(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"task.compile=fast.*default"):
+        compile_mode("fast")
+    assert compile_mode(True) == "default" and compile_mode(None) is None
+
+
+def test_waits_are_counted_once():
+    clock = WaitClock()
+    assert clock.next(iter([5])) == 5
+    assert clock.take() > 0 and clock.take() == 0
