@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+import os
+import signal
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import assert_same_weights, train_run
+from helpers import assert_same_weights, checkpoint, train_run
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -23,6 +25,7 @@ from visionattn.data.shard_cache import ShardCache
 from visionattn.data.shard_source import Shards
 from visionattn.data.shard_writing import write_shards
 from visionattn.data.shards import check_shards, index_shards, read_index
+from visionattn.tasks.stopping import LastCheckpoint
 
 
 def make_folder(root, train=20, val=3):
@@ -383,7 +386,7 @@ def test_cache_keeps_its_size(shards, server, tmp_path):
 # training
 
 
-def test_run_on_shards_stops_and_resumes(folder, tmp_path, capsys):
+def test_run_on_shards_stops_and_resumes(folder, tmp_path, capsys, monkeypatch):
     main(["data", "shard", str(folder), "--output", str(tmp_path / "set"), "--size", "8"])
     assert "40 images of 2 classes in 5 shards" in capsys.readouterr().out
     settings = [
@@ -400,7 +403,15 @@ def test_run_on_shards_stops_and_resumes(folder, tmp_path, capsys):
         "~logger.tensorboard",
     ]
     whole = train_run(settings, tmp_path, "whole", "trainer.max_epochs=2")
-    train_run(settings, tmp_path, "parts", "trainer.max_epochs=2", "+trainer.max_steps=6")  # inside the second epoch
+
+    def terminate(self, trainer, module, *args):
+        if (trainer.current_epoch, args[1]) == (1, 2):  # inside the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(LastCheckpoint, "on_train_batch_start", terminate)
+        train_run(settings, tmp_path, "parts", "trainer.max_epochs=2")
+    assert 4 < checkpoint(tmp_path / "parts")["global_step"] < 8
     parts = train_run(settings, tmp_path, "parts", "trainer.max_epochs=2", "ckpt_path=last", "data.workers=1")
     assert_same_weights(whole, parts)
     with pytest.raises(SystemExit, match=r"40 images for 1 processes are 40 each, less than data\.batch_size=41"):
