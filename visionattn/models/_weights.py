@@ -215,7 +215,7 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
         # timm's own text, of which this is the cause, advises to unpickle all the same
         if isinstance(error.__cause__ or error, pickle.UnpicklingError):
             raise ValueError(
-                f"{source}{url and ' from ' + url} is damaged or no checkpoint, or holds objects other than tensors; it "
-                "was not unpickled, since that could run code; save its weights as .safetensors with a tool you trust"
+                f"{source}{url and ' from ' + url} is damaged or no checkpoint, or holds other objects than tensors; "
+                "it was not unpickled, since that could run code; save it as .safetensors with a tool you trust"
             ) from error
         raise ValueError(f"cannot load {source}{url and ' from ' + url} into {variant}: {error}") from error

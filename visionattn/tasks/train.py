@@ -140,7 +140,8 @@ def _prepare(folder: Path, resume: str | None) -> None:
     if resume is None:
         for name in ("checkpoints", "logs", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "skipped_images.txt").unlink(missing_ok=True)
+        if (skipped := folder / "skipped_images.txt").is_file():
+            skipped.unlink()
     elif (log := folder / "logs" / "metrics.csv").is_file():  # the logger would begin it anew
         log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('*.csv')))}.csv"))
 
