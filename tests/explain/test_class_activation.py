@@ -49,7 +49,11 @@ def test_class_activation_is_where_the_class_is():
     assert red.layer == "stage" and red.probability == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name", [*SMALL, *TIMM])
+OWN = ("test_biformer", "test_overlock")  # the others are maps of the last stage like BiFormer's
+OTHERS = [pytest.param(name, marks=pytest.mark.thorough) for name in SMALL if name not in OWN]
+
+
+@pytest.mark.parametrize("name", [*OWN, *OTHERS, *TIMM])
 def test_every_model_has_a_class_activation(name):
     model = made(name, **TIMM.get(name, {}))
     image = torch.randn(1, 3, 64, 96)

@@ -94,8 +94,8 @@ def _routing(subject: Subject) -> Found:
     return figures.panels(items, caption, subject.position, "share of the attention", keys), found
 
 
-def _maps(subject: Subject, layers: Sequence[Attention], what: str) -> Found:
-    """Weights of the chosen position over the picture."""
+def _maps(subject: Subject, layers: Sequence[Attention], what: str, parts: str) -> Found:
+    """Weights of the chosen position over the picture, mean of the layers' ``parts``."""
     found, items = {}, [_original(subject)]
     for layer in layers:
         cell = subject.recording.grid(layer.stage, layer.size).cell(*subject.position, layer.size)
@@ -103,7 +103,7 @@ def _maps(subject: Subject, layers: Sequence[Attention], what: str) -> Found:
         title = f"stage {layer.stage}, {layer.kind}\n{layer.layer}"
         items.append(Panel(title, subject.on_picture(layer.stage, weights.abs().mean(0))))
         found[layer.name] = _array(weights)
-    return figures.panels(items, what, subject.position, "weight (mean of the heads)", {}), found
+    return figures.panels(items, what, subject.position, f"weight (mean of the {parts})", {}), found
 
 
 def _attention(subject: Subject) -> Found:
@@ -114,7 +114,7 @@ def _attention(subject: Subject) -> Found:
     )
     if any(layer.kind == "linear" for layer in layers):
         what += " Of linear attention, whose weights may be negative, sizes are shown."
-    return _maps(subject, layers, what)
+    return _maps(subject, layers, what, "heads")
 
 
 def _kernels(subject: Subject) -> Found:
@@ -122,7 +122,7 @@ def _kernels(subject: Subject) -> Found:
         "The kernels that the convolutions make for the chosen position, laid where they are applied (mean of the "
         "groups of channels); colours are scaled for each panel. The arrays hold every group."
     )
-    return _maps(subject, subject.recording.kernels(), what)
+    return _maps(subject, subject.recording.kernels(), what, "groups")
 
 
 def _channels(subject: Subject) -> Found:
