@@ -59,7 +59,8 @@ def _shown_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     import gradio
 
     @wraps(function)  # its annotations tell gradio what to pass
-    def call(label: str, path: str | None, *rest: Any) -> Any:
+    def call(label: str, uploaded: dict[str, Any] | None, *rest: Any) -> Any:
+        path = (uploaded or {}).get("path")
         if not path:
             raise gradio.Error("Choose a picture first.", duration=None, print_exception=False)
         try:
@@ -99,7 +100,9 @@ def build_page(choices: Sequence[Choice], examples: Sequence[Path] = ()) -> Any:
             with gr.Column(scale=2, min_width=320):
                 model = gr.Dropdown(list(by_label), value=first.label, label="Model", elem_id="model")
                 about = gr.Markdown(describe(first), elem_id="about")
-                picture = _picture(gr)
+                picture = gr.Image(
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=320, elem_id="picture"
+                )
                 question = gr.Textbox(
                     label="Question",
                     placeholder="where is the red circle?",
@@ -113,20 +116,6 @@ def build_page(choices: Sequence[Choice], examples: Sequence[Path] = ()) -> Any:
                 results = _results(gr)
         _connect(gr, by_label, (model, about, picture, question, run), results)
     return page
-
-
-def _picture(gr: Any) -> Any:
-    picture = gr.Image(
-        label="Picture",
-        type="filepath",
-        image_mode=None,
-        sources=["upload", "clipboard"],
-        height=320,
-        elem_id="picture",
-    )
-    # gradio would open the file first and show an error of its own; the path has been checked to be an upload
-    picture.preprocess = lambda payload: None if payload is None else payload.path
-    return picture
 
 
 def _results(gr: Any) -> dict[str, Any]:
@@ -182,7 +171,8 @@ def _connect(gr: Any, by_label: dict[str, Choice], inputs: tuple[Any, ...], resu
         return {results["view"]: view, results["stages"]: gr.update(value=stages, visible=True)}
 
     outputs = list(results.values())
-    one = dict(concurrency_limit=1, concurrency_id="model", api_visibility="private")  # models share the cores
+    # models share the cores; gradio has checked that the file is an upload, and would open it only to fail unclearly
+    one = dict(concurrency_limit=1, concurrency_id="model", preprocess=False, api_visibility="private")
     model.change(choose, model, [about, question, *outputs], api_visibility="private", show_progress="hidden")
     picture.change(cleared, None, outputs, api_visibility="private", show_progress="hidden")
     gr.on([run.click, question.submit], _shown_errors(predict), [model, picture, question], outputs, **one)

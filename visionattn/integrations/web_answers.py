@@ -78,9 +78,9 @@ def answer(choice: Choice, path: str | Path, question: str = "") -> Answer:
         FileNotFoundError: The run, the weights or the picture are gone.
         ValueError: An unreadable or too large picture, damaged weights, or an empty or too long question.
     """
-    check_picture(path)
     if choice.kind == "grounding" and not question.strip():
         raise ValueError('this run answers questions; type one, for example "where is the red circle?"')
+    check_picture(path)
     model = load(choice)
     if choice.kind == "classification":
         return _classes(choice, model, read_image(path, model.in_chans, exif=True))
