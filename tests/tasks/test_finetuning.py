@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
     """A run on the example, and the folder of both."""
     folder = tmp_path_factory.mktemp("runs")
     main(["data", "example", str(folder / "example")])
-    sized = "data.in_chans=1", "data.transform.input_size=[1,32,32]", "data.transform.mean=[0.13]"
+    sized = "data.in_chans=1", "+data.transform.input_size=[1,32,32]", "+data.transform.mean=[0.13]"
     where = f"output_dir={folder}", f"data.root={folder / 'example'}"
     main(["train", "experiment=finetune", "name=first", *SMALL, *where, *sized, "+data.transform.std=[0.31]"])
     return folder
