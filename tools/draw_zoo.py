@@ -2,11 +2,13 @@
 
 import argparse
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
 import visionattn
 from visionattn.tasks.checkpoints import full_name
@@ -19,10 +21,13 @@ PEERS = {"swin_tiny_patch4_window7_224": 81.3, "convnext_tiny": 82.1}
 MODES = ("inference", "training")
 
 
-def _accuracies() -> dict[str, float]:
-    published = published_figures(ROOT / "checkpoints")
-    names = {name: full_name(timm.create_model(name, device="meta")) for name in visionattn.list_models()}
-    return {name: float(published[tag]["top1"]) for name, tag in names.items() if tag in published} | PEERS
+def _accuracies(names: Iterable[str]) -> dict[str, float]:
+    """Published top-1 of those models that have one, by name."""
+    published, found = published_figures(ROOT / "checkpoints"), dict(PEERS)
+    for name in set(names) & set(visionattn.list_models()):
+        if row := published.get(full_name(timm.create_model(name, device="meta"))):
+            found[name] = float(row["top1"])
+    return found
 
 
 def _family(name: str) -> str:
@@ -31,7 +36,8 @@ def _family(name: str) -> str:
 
 def draw_speed(path: Path) -> None:
     """Published top-1 against images/s of inference and of training; hollow where the host set the pace."""
-    accuracies, speeds = _accuracies(), measured_speeds(BENCHMARKS / "models.csv")
+    speeds = measured_speeds(BENCHMARKS / "models.csv")
+    accuracies = _accuracies(speeds)
     families = sorted({_family(name) for name in accuracies if name in speeds} - {"peers"})
     colours = {family: f"C{i}" for i, family in enumerate(families)} | {"peers": "grey"}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -42,8 +48,17 @@ def draw_speed(path: Path) -> None:
                 continue
             rate, colour = float(cell.rstrip(" *").replace(",", "")), colours[_family(name)]
             axes.plot(rate, top1, "o", color=colour, markerfacecolor="none" if "*" in cell else colour)
-            axes.annotate(name.partition("_patch")[0], (rate, top1), (4, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                name.partition("_patch")[0],
+                (rate, top1),
+                (4, -11 if name in PEERS else 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([500, 1000, 2000, 5000, 10000, 20000]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.18, y=0.12)
         axes.grid(alpha=0.3, which="both")
         axes.set_xlabel(f"images/s, {mode}")

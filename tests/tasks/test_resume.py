@@ -109,13 +109,18 @@ def test_checkpoints_between_change_nothing_and_other_batches_are_refused(tmp_pa
 @pytest.mark.slow
 def test_terminated_process_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "visionattn.cli", *ARGUMENTS, f"output_dir={tmp_path}", "name=x"]
-    command += ["data.workers=0", "trainer.max_epochs=500", "checkpoint_every=1"]
+    command += ["data.workers=1", "trainer.max_epochs=500", "checkpoint_every=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
     ) as run:
         seen = next(line for line in run.stderr if "epoch 1/500" in line)
-        run.terminate()
+        os.killpg(run.pid, signal.SIGTERM)  # the workers too, as a scheduler does
         rest = run.stderr.read()
         assert run.wait(120) == 143, seen + rest
     assert "SIGTERM: stopped in epoch" in rest and "ckpt_path=last" in rest and "Traceback" not in rest

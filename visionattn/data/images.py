@@ -93,5 +93,5 @@ def _decode(file: Path | io.BytesIO, name: str, size: int, in_chans: int, exif: 
             if exif:
                 image = ImageOps.exif_transpose(image)
             return as_mode(image, in_chans)
-    except (OSError, SyntaxError, Image.DecompressionBombError, EOFError, IndexError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError, IndexError) as error:
         raise ValueError(f"cannot read image {name} ({size} bytes): {error}; repair or remove it") from error

@@ -31,11 +31,16 @@ class SkippedImages(Callback):
     def __init__(self, folder: Path):
         self.path, self.seen = folder / "skipped_images.txt", set[str]()
 
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        """Remember what a resumed run has listed already."""
+        if self.path.is_file():
+            self.seen.update(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+
     def _note(self, batch: dict[str, Any]) -> None:
         new = [note for note in dict.fromkeys(batch["skipped"]) if note not in self.seen]
         if new:
             self.seen.update(new)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.writelines(note + "\n" for note in new)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -155,6 +155,26 @@ def machines(devices: Any, num_nodes: Any, accelerator: str) -> tuple[Any, int]:
     return (devices if isinstance(devices, list | tuple) else local), nodes
 
 
+def check_options(trainer: Mapping[str, Any], task: Mapping[str, Any]) -> None:
+    """Refuse options of the groups ``trainer`` and ``task`` that exclude each other.
+
+    Raises:
+        ValueError: SyncBN on CPUs; averaged weights or channels last of a sharded network.
+    """
+    if trainer.get("sync_batchnorm") and trainer["accelerator"] == "cpu":
+        raise ValueError("trainer.sync_batchnorm=true needs GPUs; set trainer=ddp, or trainer.sync_batchnorm=false")
+    if trainer.get("strategy") == "fsdp" and task.get("ema_decay"):
+        raise ValueError(
+            f"task.ema_decay={task['ema_decay']} keeps whole averaged weights, which a sharded network cannot "
+            f"update; set task.ema_decay=null, or trainer=ddp"
+        )
+    if trainer.get("strategy") == "fsdp" and task.get("channels_last"):
+        raise ValueError(
+            "task.channels_last=true: PyTorch shards only weights that lie in memory in the order of their axes; set "
+            "task.channels_last=false, or trainer=ddp"
+        )
+
+
 def processes(devices: Any) -> int:
     """Processes of one machine that ``devices`` of Lightning asks for: a number, a list, or -1 for all GPUs."""
     if isinstance(devices, list | tuple):

@@ -1,5 +1,6 @@
 """Loaders that a resumed run finds where it left them: what the data modules of all tasks share."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from visionattn.data.pipeline import EpochSampler
+
+_WORKER_SECONDS = 60  # that a worker outlives a signal, at whose end the alarm's ends it
 
 
 class WaitClock:
@@ -55,6 +58,12 @@ class WaitClock:
             self.events = []
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker process go on for a minute when its whole group is told to stop, so that its run can save."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: signal.alarm(_WORKER_SECONDS))
 
 
 class _Timed(Iterator[Any]):
@@ -145,6 +154,7 @@ class EpochData(lightning.LightningDataModule):
             drop_last=train and len(sampler) > size,
             pin_memory=self.config.get("pin_memory", cuda),
             # PyTorch refuses both where there are no workers
+            worker_init_fn=_outlive_signals,
             prefetch_factor=self.config.get("prefetch") if workers else None,
             persistent_workers=bool(workers and self.config.get("persistent_workers", False)),
         )

@@ -24,7 +24,7 @@ from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
-from visionattn.tasks.engine import machines, processes, strategy
+from visionattn.tasks.engine import check_options, machines, processes, strategy
 from visionattn.tasks.files import remove_stale
 from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
@@ -92,13 +92,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     mode = "min" if monitor.endswith(("loss", "delta")) else "max"
     group: Any = OmegaConf.to_container(config.trainer, resolve=True)
     devices, nodes = machines(group.get("devices", "auto"), group.get("num_nodes", "auto"), group["accelerator"])
-    if group.get("sync_batchnorm") and group["accelerator"] == "cpu":
-        raise ValueError("trainer.sync_batchnorm=true needs GPUs; set trainer=ddp, or trainer.sync_batchnorm=false")
-    if group.get("strategy") == "fsdp" and config.task.get("ema_decay"):
-        raise ValueError(
-            f"task.ema_decay={config.task.ema_decay} keeps whole averaged weights, which a sharded network cannot "
-            f"update; set task.ema_decay=null, or trainer=ddp"
-        )
+    check_options(group, config.task)
     callbacks = [
         ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
