@@ -140,6 +140,11 @@ def check_command(words, parsed):
         words = words[1:]
     if words[0] == "compute-sanitizer":
         words = words[words.index("python") :]
+    if words[0] == "torchrun":
+        parsed.append(words[words.index("visionattn.cli") + 1 :])
+        return
+    if words[0] == "srun":
+        words = words[words.index("visionattn") :]
     if words[0] == "visionattn":
         parsed.append(words[1:])
     elif words[0] in ("python", "python3"):

@@ -172,3 +172,19 @@ def test_package_works_without_triton():
     )
     result = python(program)
     assert result.returncode == 0, result.stderr
+
+
+def test_import_and_models_open_no_connection():
+    code = """
+import socket
+
+def refuse(*args, **kwargs):
+    raise AssertionError(f"connection to {args}")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import timm, visionattn
+for name in visionattn.list_models():
+    timm.create_model(name, device="meta")
+import visionattn.tasks.train, visionattn.tasks.export, visionattn.explain, visionattn.integrations.web
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
