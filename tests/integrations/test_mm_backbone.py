@@ -239,7 +239,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def test_addresses_that_end_alike_are_kept_apart(tmp_path, monkeypatch):
-    def download(url, path, progress):
+    def download(url, path, **options):
         torch.save(dict(url=url), path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 
@@ -24,6 +25,8 @@ SMALL = [
     "task.ema_decay=0.5",
     "~logger.tensorboard",
 ]
+# the epochs of one process are halved by two, so half the batch keeps the number of steps
+TWO = ["trainer.devices=2", "+trainer.strategy=ddp", "data.batch_size=4"]
 STEPS = 12  # of a whole such run: epochs times batches
 
 
@@ -79,3 +82,16 @@ def finish(process, log):
 def training(data, folder, name, *changes):
     """Arguments of a small training run on a folder of pictures."""
     return ["train", *SMALL, f"data.root={data}", f"output_dir={folder}", f"name={name}", *changes]
+
+
+def start_ranks(arguments, folder, steps=None):
+    """Two processes with the variables by which torchrun tells each its rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    shared |= dict(LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+    return [
+        start(arguments, folder / f"rank{rank}.log", told, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, told in enumerate((steps, None))
+    ]

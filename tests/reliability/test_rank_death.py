@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,29 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import FORKS, PATIENCE, finish, make_pictures, start, training
+from processes import FORKS, PATIENCE, TWO, finish, make_pictures, start_ranks, training
 
 SECONDS = 60  # until the other process must have ended
-# the epochs of one process are halved by two, so half the batch keeps the number of steps
-TWO = ["trainer.devices=2", "+trainer.strategy=ddp", "data.batch_size=4"]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def start_ranks(arguments, folder, steps=None):
-    """Two processes with the variables by which torchrun tells each its rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    shared |= dict(LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
-    return [
-        start(arguments, folder / f"rank{rank}.log", told, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank, told in enumerate((steps, None))
-    ]
 
 
 @pytest.mark.slow
