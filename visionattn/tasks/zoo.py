@@ -113,14 +113,30 @@ def zoo_table(folder: Path) -> str:
     return rows_table(zoo_rows(folder))
 
 
-def measured_speeds(path: Path) -> dict[str, dict[str, str]]:
+def measured_speeds(*paths: Path) -> dict[str, dict[str, str]]:
     """Cells of ``SPEEDS`` by model, from the rows at 224 pixels that were not compiled.
 
-    The fastest run counts: of a CUDA graph where there is one, and in inference of the folded form.
+    The fastest run of a file counts: of a CUDA graph where there is one, and in inference of the folded form. A star
+    marks runs of one call at a time, a dagger those of another file than the first, which gives what that lacks.
 
     Args:
-        path: CSV file of ``benchmark_models``.
+        paths: CSV files of ``benchmark_models``.
     """
+    speeds: dict[str, dict[str, str]] = {}
+    for path, dagger in zip(paths, ["", *[" †"] * len(paths)], strict=False):
+        for (name, mode), row in _fastest(path).items():
+            star = "" if row["cuda_graph"] == "True" else " *"
+            cells = speeds.setdefault(name, {})
+            if f"images/s, {mode}" in cells:
+                continue
+            cells[f"images/s, {mode}"] = f"{float(row['images_per_s']):,.0f}{star}{dagger}"
+            if mode == "training":
+                cells["GiB of training"] = f"{float(row['peak_gib']):.1f}{dagger}"
+    return speeds
+
+
+def _fastest(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Rows of a file by model and mode."""
     best: dict[tuple[str, str], dict[str, str]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -128,13 +144,7 @@ def measured_speeds(path: Path) -> dict[str, dict[str, str]]:
             fits = row["height"] == row["width"] == "224" and not row["compile"] and key[1] in ("inference", "training")
             if fits and float(row["images_per_s"]) > float(best.get(key, {}).get("images_per_s", 0)):
                 best[key] = row
-    speeds: dict[str, dict[str, str]] = {}
-    for (name, mode), row in best.items():
-        star = "" if row["cuda_graph"] == "True" else " *"
-        speeds.setdefault(name, {})[f"images/s, {mode}"] = f"{float(row['images_per_s']):,.0f}{star}"
-        if mode == "training":
-            speeds[name]["GiB of training"] = f"{float(row['peak_gib']):.1f}"
-    return speeds
+    return best
 
 
 def family_table(rows: list[dict[str, str]]) -> str:
@@ -168,7 +178,8 @@ def pages_with_table(root: Path) -> dict[Path, str]:
     Raises:
         ValueError: A page without the two markers.
     """
-    rows = zoo_rows(root / "checkpoints", measured_speeds(root / "docs" / "benchmarks" / "models.csv"))
+    speeds = measured_speeds(*(root / "docs" / "benchmarks" / name for name in ("models.csv", "zoo.csv")))
+    rows = zoo_rows(root / "checkpoints", speeds)
     tables = {"README.md": family_table(rows), "docs/models.md": rows_table(rows, COLUMNS + SPEEDS)}
     for family in dict.fromkeys(row["family"] for row in rows):
         own = [row for row in rows if row["family"] == family]
