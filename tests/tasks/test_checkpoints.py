@@ -173,6 +173,10 @@ def test_speeds_are_of_the_fastest_run_that_was_not_compiled(tmp_path):
     path.write_text("\n".join(",".join(map(str, row)) for row in (columns, *rows)) + "\n")
     expected = {"images/s, training": "1,200", "GiB of training": "4.0", "images/s, inference": "2,000 *"}
     assert zoo.measured_speeds(path) == {"a": expected}
+    more = tmp_path / "zoo.csv"
+    rows = [("b", "inference", 224, 224, "", False, 70, 1), ("a", "training", 224, 224, "", True, 9000, 1)]
+    more.write_text("\n".join(",".join(map(str, row)) for row in (columns, *rows)) + "\n")
+    assert zoo.measured_speeds(path, more) == {"a": expected, "b": {"images/s, inference": "70 * †"}}
 
 
 def test_families_are_summed_up():

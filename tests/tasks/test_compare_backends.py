@@ -19,6 +19,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.thorough
 def test_backends_start_alike_and_another_order_does_not(tmp_path):
     small = ["--model", "test_biformer", "--steps", "3", "--size", "64", "--batch", "8", "--precision", "fp32"]
     result = run(*small, "--output", str(tmp_path))
