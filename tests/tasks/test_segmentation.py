@@ -24,13 +24,15 @@ from visionattn.tasks.segmentation_inference import load_masker
 from visionattn.tasks.training import learning_rate_factor
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "heads"
+# a source that is none of the package's: who evaluates must name it again
+OWN_SOURCE = "data.source._target_=segmentation_source.Squares"
 SMALL = [
     "task=segmentation",
     "model=unet",
     "model.backbone=test_biformer",
     "+model.decoder_kwargs.decoder_channels=[16,16,8,8,8]",
     "~data.source",
-    "+data.source._target_=segmentation_source.Squares",
+    f"+{OWN_SOURCE}",
     "+data.source.count=${data.root}",
     "data.root=4",
     "+data.transform.recipe=default",
@@ -112,7 +114,7 @@ def test_threshold_is_in_the_checkpoint(run):
 
 
 def test_eval_writes_table_and_pictures(run, capsys):
-    main(["eval", str(run)])
+    main(["eval", str(run), OWN_SOURCE])
     assert "| square | hd95 (mm) |" in capsys.readouterr().out
     folder = run / "eval" / "val"
     result = json.loads((folder / "metrics.json").read_text())
@@ -124,7 +126,7 @@ def test_eval_writes_table_and_pictures(run, capsys):
 
 
 def test_one_grey_threshold_beside_the_run(run, capsys):
-    main(["eval", str(run), "baseline=true"])
+    main(["eval", str(run), OWN_SOURCE, "baseline=true"])
     assert re.search(r"One grey threshold .*: Dice 1.0000 mean over images", capsys.readouterr().out)
 
 
@@ -164,7 +166,7 @@ def test_predict_writes_masks(run, tmp_path):
 
 
 def test_eval_takes_another_root_than_the_training(run, capsys):
-    main(["eval", str(run), "data.root=3"])
+    main(["eval", str(run), OWN_SOURCE, "data.root=3"])
     assert json.loads((run / "eval" / "val" / "metrics.json").read_text())["classes"]["square"]["images"] == 3
 
 

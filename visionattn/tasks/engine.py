@@ -155,13 +155,18 @@ def machines(devices: Any, num_nodes: Any, accelerator: str) -> tuple[Any, int]:
     return (devices if isinstance(devices, list | tuple) else local), nodes
 
 
-def check_options(trainer: Mapping[str, Any], task: Mapping[str, Any]) -> None:
+def check_options(trainer: Mapping[str, Any], task: Mapping[str, Any], count: int) -> None:
     """Refuse options of the groups ``trainer`` and ``task`` that exclude each other.
 
+    Args:
+        trainer: The group.
+        task: The group.
+        count: Processes on all machines; with one SyncBN is BatchNorm.
+
     Raises:
-        ValueError: SyncBN on CPUs; averaged weights or channels last of a sharded network.
+        ValueError: SyncBN of several processes on CPUs; averaged weights or channels last of a sharded network.
     """
-    if trainer.get("sync_batchnorm") and trainer["accelerator"] == "cpu":
+    if trainer.get("sync_batchnorm") and trainer["accelerator"] == "cpu" and count > 1:
         raise ValueError("trainer.sync_batchnorm=true needs GPUs; set trainer=ddp, or trainer.sync_batchnorm=false")
     if trainer.get("strategy") == "fsdp" and task.get("ema_decay"):
         raise ValueError(

@@ -92,7 +92,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     mode = "min" if monitor.endswith(("loss", "delta")) else "max"
     group: Any = OmegaConf.to_container(config.trainer, resolve=True)
     devices, nodes = machines(group.get("devices", "auto"), group.get("num_nodes", "auto"), group["accelerator"])
-    check_options(group, config.task)
+    check_options(group, config.task, processes(devices) * nodes)
     callbacks = [
         ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
