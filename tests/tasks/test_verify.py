@@ -82,7 +82,9 @@ def test_whole_set_fills_the_column(pictures, tmp_path, monkeypatch, capsys):
     folder.mkdir()
     for name in ("published.csv", "agreement.csv"):
         shutil.copy(ROOT / "checkpoints" / name, folder)
-    for page in zoo.PAGES:
+    shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "docs" / "benchmarks")
+    pages = [zoo.MODELS_PAGE, "docs/families/biformer.md"]
+    for page in ["README.md", *pages]:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(f"above\n{zoo.BEGIN}\nold\n{zoo.END}\nbelow\n")
     model = timm.create_model(NAME)
@@ -95,14 +97,14 @@ def test_whole_set_fills_the_column(pictures, tmp_path, monkeypatch, capsys):
     main([*arguments, "--checkpoint", str(folder / "x.safetensors")])
     text = capsys.readouterr().out
     assert "published 81.4 %, difference -41.40 points" in text and "the index does not list these weights" in text
-    assert "| 40.00 |" not in (tmp_path / "README.md").read_text()
+    assert "| 40.00 |" not in (tmp_path / zoo.MODELS_PAGE).read_text()
 
     values = dict.fromkeys(COLUMNS, "") | dict(name=NAME, file="x.safetensors", sha256=sha256(folder / "x.safetensors"))
     (folder / "index.csv").write_text(f"{','.join(COLUMNS)}\n{','.join(values.values())}\n")
     main(arguments)  # takes the file of the index
     text = capsys.readouterr().out
     assert "column" not in text and f"written: {folder / 'results' / (NAME + '.json')}" in text
-    for page in zoo.PAGES:
+    for page in pages:
         assert "| 40.00 |" in (tmp_path / page).read_text() and "below" in (tmp_path / page).read_text()
 
     (folder / "x.safetensors").write_bytes(b"other")

@@ -134,7 +134,7 @@ def verify(
         write_text(path, json.dumps(result, indent=1) + "\n")
         written.append(path)
         checkout = folder.resolve().parent
-        if all((checkout / page).is_file() for page in zoo.PAGES):
+        if (checkout / zoo.MODELS_PAGE).is_file():
             written += zoo.write_tables(checkout)
     fills = result["whole"] and zoo.verified_top1(result["name"], folder) is not None
     return result | dict(fills_column=fills, written=[str(path) for path in written])

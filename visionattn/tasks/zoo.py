@@ -14,6 +14,7 @@ from visionattn.tasks.config import write_text
 from visionattn.tasks.records import markdown
 
 BEGIN, END = "<!-- zoo table: begin -->", "<!-- zoo table: end -->"
+MODELS_PAGE = "docs/models.md"  # of a checkout
 COLUMNS = "model", "weights", "parameters", "MACs", "input", "top-1 published", "verified top-1", "agreement"
 SPEEDS = "images/s, inference", "images/s, training", "GiB of training"
 NOT_RUN = "not run"
@@ -180,7 +181,7 @@ def pages_with_table(root: Path) -> dict[Path, str]:
     """
     speeds = measured_speeds(*(root / "docs" / "benchmarks" / name for name in ("models.csv", "zoo.csv")))
     rows = zoo_rows(root / "checkpoints", speeds)
-    tables = {"README.md": family_table(rows), "docs/models.md": rows_table(rows, COLUMNS + SPEEDS)}
+    tables = {"README.md": family_table(rows), MODELS_PAGE: rows_table(rows, COLUMNS + SPEEDS)}
     for family in dict.fromkeys(row["family"] for row in rows):
         own = [row for row in rows if row["family"] == family]
         tables[f"docs/families/{family}.md"] = rows_table(own, COLUMNS + SPEEDS)
