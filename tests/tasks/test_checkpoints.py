@@ -194,8 +194,7 @@ def test_families_are_summed_up():
 def test_page_without_markers_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(visionattn, "list_models", lambda: ["biformer_t"])
     shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
-    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
-    shutil.copy(ROOT / "docs" / "benchmarks" / "models.csv", tmp_path / "docs" / "benchmarks")
+    shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "docs" / "benchmarks")
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md must hold the markers"):
         zoo.pages_with_table(tmp_path)
