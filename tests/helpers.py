@@ -104,3 +104,20 @@ def record_agreement(model: str, reference: str, errors: dict[str, float]) -> No
         writer = csv.DictWriter(file, ["reference", "model", "outputs", "largest_error"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
+
+
+def assert_same(expected, actual, where=""):
+    """Two nests of plain values and tensors are equal to the last bit."""
+    assert type(expected) is type(actual), where
+    if isinstance(expected, dict):
+        assert expected.keys() == actual.keys(), where
+        for key in expected:
+            assert_same(expected[key], actual[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(expected) == len(actual), where
+        for i, (one, other) in enumerate(zip(expected, actual, strict=True)):
+            assert_same(one, other, f"{where}[{i}]")
+    elif isinstance(expected, torch.Tensor):
+        assert expected.dtype == actual.dtype and torch.equal(expected, actual), where
+    else:
+        assert expected == actual, where

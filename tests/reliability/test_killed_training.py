@@ -5,23 +5,8 @@ import time
 
 import pytest
 import torch
+from helpers import assert_same
 from processes import FORKS, PATIENCE, STEPS, finish, make_pictures, start, training
-
-
-def assert_same(expected, actual, where=""):
-    assert type(expected) is type(actual), where
-    if isinstance(expected, dict):
-        assert expected.keys() == actual.keys(), where
-        for key in expected:
-            assert_same(expected[key], actual[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(expected) == len(actual), where
-        for i, (one, other) in enumerate(zip(expected, actual, strict=True)):
-            assert_same(one, other, f"{where}[{i}]")
-    elif isinstance(expected, torch.Tensor):
-        assert expected.dtype == actual.dtype and torch.equal(expected, actual), where
-    else:
-        assert expected == actual, where
 
 
 def last(run):

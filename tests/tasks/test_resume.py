@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import assert_same
 
 from visionattn.cli import main
 from visionattn.tasks.stopping import LastCheckpoint, parse_interval
@@ -30,26 +31,10 @@ def content(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def assert_equal(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
 def assert_same_run(one, other):
     a, b = content(one), content(other)
     for key in ("epoch", "global_step", "state_dict", "optimizer_states", "loops"):
-        assert_equal(a[key], b[key], key)
+        assert_same(a[key], b[key], key)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
     for values in metrics:
         values.pop("epoch_seconds"), values.pop("data_share")

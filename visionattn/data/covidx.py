@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-from PIL import Image
-
-from visionattn.data.images import read_image
+from visionattn.data.datasets import ListedImages
 
 CLASSES = {"A": ["normal", "pneumonia", "COVID-19"], "B": ["negative", "positive"]}
 SPLITS = ("train", "test")
@@ -36,7 +34,7 @@ def parse_line(line: str, classes: list[str], files: set[str]) -> tuple[str, str
     return " ".join(rest[: starts[0]]), " ".join(rest[starts[0] :]), words[at]
 
 
-class COVIDx:
+class COVIDx(ListedImages):
     """A split of COVIDx: images in ``ROOT/data/SPLIT``, labels in ``ROOT/labels/SPLIT_COVIDxVERSION.txt``.
 
     Versions that end in A have the classes normal, pneumonia and COVID-19, those in B negative and positive.
@@ -95,14 +93,3 @@ class COVIDx:
                 f"{len(missing)} of the {len(self.samples)} images that {labels} lists are missing, first "
                 f"{missing[0]}; build the data set with the scripts of lindawangg/COVID-Net, or correct root"
             )
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def name(self, i: int) -> str:
-        """Path of image ``i``."""
-        return self.samples[i][0]
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int, str]:
-        path, label = self.samples[i]
-        return read_image(path, self.in_chans), label, path

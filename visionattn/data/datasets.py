@@ -25,7 +25,25 @@ class ImageSource(Protocol):
         ...
 
 
-class ImageFolder:
+class ListedImages:
+    """A source whose ``samples`` are paths with labels, of ``in_chans`` channels."""
+
+    samples: list[tuple[str, int]]
+    in_chans: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, i: int) -> str:
+        """Path of image ``i``."""
+        return self.samples[i][0]
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int, str]:
+        path, label = self.samples[i]
+        return read_image(path, self.in_chans), label, path
+
+
+class ImageFolder(ListedImages):
     """A folder with one sub-folder of images per class, as ImageNet is laid out.
 
     Args:
@@ -62,17 +80,6 @@ class ImageFolder:
         ]
         if not self.samples:
             raise FileNotFoundError(f"{folder} has class folders but no images ({', '.join(EXTENSIONS)})")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def name(self, i: int) -> str:
-        """Path of image ``i``."""
-        return self.samples[i][0]
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int, str]:
-        path, label = self.samples[i]
-        return read_image(path, self.in_chans), label, path
 
 
 class TorchvisionDataset:

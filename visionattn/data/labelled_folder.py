@@ -4,10 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from PIL import Image
-
-from visionattn.data.datasets import EXTENSIONS
-from visionattn.data.images import read_image
+from visionattn.data.datasets import EXTENSIONS, ListedImages
 
 _ACCEPTED = (
     "lines 'FILE LABEL' (LABEL a number from 0 in the order of the sorted class names, or a class name), Kaggle's "
@@ -59,7 +56,7 @@ def read_labels(path: str | Path, names: list[str], classes: list[str]) -> dict[
     return labels
 
 
-class LabelledFolder:
+class LabelledFolder(ListedImages):
     """Images of one folder, with their labels in a file; images that the file does not name are left out.
 
     Args:
@@ -83,14 +80,3 @@ class LabelledFolder:
         self.samples = [(os.path.join(folder, n), known[Path(n).stem]) for n in names if Path(n).stem in known]
         if not self.samples:
             raise FileNotFoundError(f"{folder} holds no image that {labels} names ({', '.join(EXTENSIONS)})")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def name(self, i: int) -> str:
-        """Path of image ``i``."""
-        return self.samples[i][0]
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int, str]:
-        path, label = self.samples[i]
-        return read_image(path, self.in_chans), label, path

@@ -219,6 +219,6 @@ class _Ahead:
         while (number := self.wanted.get()) is not None:
             shard = self.source.shards[number]
             try:
-                self.source.cache.get(shard, wait=False)  # type: ignore[union-attr]
+                self.source.cache.get(shard, wait=False)
             except (ValueError, OSError) as error:  # the reader meets the same, and says so
                 _LOG.warning("fetching %s ahead failed: %s", shard.name, error)

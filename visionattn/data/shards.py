@@ -136,7 +136,7 @@ def _samples(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, dict[str, 
     """Key and members by extension of each sample; members of one key lie side by side."""
     key, members = None, dict[str, tarfile.TarInfo]()
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+        tar.members = []  # tarfile would keep them all
         if member.isdir():
             continue
         parts = PurePosixPath(member.name)
@@ -161,9 +161,9 @@ def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], numbers: d
     """A sample's class, from ``.cls`` (number or name) or the ``label`` of ``.json``."""
     found: Any
     if "cls" in members:
-        found = tar.extractfile(members["cls"]).read().decode().strip()  # type: ignore[union-attr]
+        found = tar.extractfile(members["cls"]).read().decode().strip()
     elif "json" in members:
-        found = json.loads(tar.extractfile(members["json"]).read())["label"]  # type: ignore[union-attr]
+        found = json.loads(tar.extractfile(members["json"]).read())["label"]
     else:
         raise ValueError(f"has no label, only {', '.join(members)}; expected .cls, or .json with a label")
     if found in numbers:
