@@ -50,7 +50,8 @@ NETWORKS = {
 }
 INNER = {"base": "stages.2.base", "overview": "stages.2.overview"}  # maps that are not a stage's output
 SHAPES = {"dinat_small": "dinat_s", "dinat_base": "dinat_b", "dinat_large": "dinat_l"}
-LARGEST = ("biformer_base", "davit_base", "litv2_base", "nat_base", "overlock_b")  # of families with smaller ones here
+# of families with smaller ones here
+LARGEST = ("biformer_base", "davit_base", "litv2_base", "nat_base", "overlock_t", "overlock_s", "overlock_b")
 EVERY_NETWORK = pytest.mark.parametrize(
     "name",
     [

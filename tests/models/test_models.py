@@ -2,8 +2,6 @@
 
 import csv
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -132,7 +130,6 @@ def test_model_can_be_scripted():
 
 
 def test_no_name_shadows_one_of_timm():
-    program = "import timm; print(*timm.list_models())"
-    theirs = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert len(theirs) > 500
-    assert not set(theirs) & set(NAMES)
+    theirs = vars(timm.models)  # its functions, which another registration leaves in place
+    assert sum(name in theirs for name in timm.list_models()) > 500
+    assert not [name for name in NAMES if name in theirs]

@@ -23,18 +23,6 @@ SMALL = [
 ]
 
 
-def start(folder, *overrides):
-    command = [sys.executable, "-m", "visionattn.cli", "train", *SMALL, f"output_dir={folder}", *overrides]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder)
-
-
-def run(folder, *overrides):
-    process = start(folder, *overrides)
-    output = process.communicate(timeout=300)[0]
-    return process.returncode, output
-
-
 def test_classifier_with_gates_is_trained_and_loaded(tmp_path):
     gates = ["model=medusa", "model.backbone=test_litv2", "+model.body_dim=4", "+model.body_levels=2"]
     digits = [a for a in SMALL if not a.startswith("model=")]
@@ -42,7 +30,7 @@ def test_classifier_with_gates_is_trained_and_loaded(tmp_path):
     main(["train", *digits, *gates, *size, f"output_dir={tmp_path}", "name=x"])
     classifier = load_run(tmp_path / "x")
     assert classifier.name == "test_litv2" and type(classifier.model) is Medusa
-    assert 0 <= evaluate_run(tmp_path / "x", [])["top1"] <= 100
+    assert classifier.model(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.slow
@@ -60,9 +48,9 @@ def test_last_checkpoint_is_of_the_last_epoch_and_best_of_the_best(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_and_count_every_image(tmp_path):
-    args = [argument for argument in SMALL if "limit" not in argument] + ["trainer.devices=2", "+trainer.strategy=ddp"]
+    args = [argument for argument in SMALL if "limit_val" not in argument]
     command = [sys.executable, "-m", "visionattn.cli", "train", *args, f"output_dir={tmp_path}", "name=two"]
-    command += ["data.batch_size=64", "trainer.max_epochs=1"]
+    command += ["trainer.devices=2", "+trainer.strategy=ddp", "data.batch_size=64", "trainer.max_epochs=1"]
     result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("val/top1") == 1 and "effective batch 128" in result.stderr
@@ -74,10 +62,10 @@ def test_two_processes_train_and_count_every_image(tmp_path):
 
 @pytest.mark.slow
 def test_bad_input_ends_with_one_line(tmp_path):
-    code, output = run(tmp_path, "name=bad", "model.model_name=biformer_ss")
-    assert code == 1
-    assert "error: " in output and "did you mean" in output and "Traceback" not in output
-    assert not (tmp_path / "bad" / "checkpoints").exists()
+    with pytest.raises(SystemExit) as ended:  # a text: printed as it is, with exit code 1
+        main(["train", *SMALL, f"output_dir={tmp_path}", "name=bad", "model.model_name=biformer_ss"])
+    assert ended.value.code.startswith("error: ") and "did you mean" in ended.value.code
+    assert "\n" not in ended.value.code and not (tmp_path / "bad" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

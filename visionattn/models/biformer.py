@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.layers import ChannelsLast, RoutingAttention, add_normalize, convolve, normalize, project, transform
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 

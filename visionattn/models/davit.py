@@ -17,12 +17,12 @@ from timm.layers import (
     Mlp,
     NormMlpClassifierHead,
     register_notrace_module,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.layers import ResidualDepthwiseConv, WindowAttention
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys
 from visionattn.ops import pad_to_multiple, state_attention

@@ -13,12 +13,12 @@ which the published encoder does not have, makes it an ordinary model of timm.
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.layers import DualGatedBlock, on_map
 from visionattn.layers.channels_last import channels_last_on_gpu
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._tokens import PatchStem, TokenBackbone, block_rates
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 

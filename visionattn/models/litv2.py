@@ -11,11 +11,12 @@ ImageNet weights have none.
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.layers import DeformablePatches, HiLoAttention
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys
 from visionattn.ops import pad_to_multiple

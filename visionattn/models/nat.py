@@ -11,11 +11,12 @@ published code relied on; later versions of natten refuse them.
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.layers import ChannelsLast, MapSequential, NeighborhoodAttention, add_normalize, normalize, transform
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, SqueezeExcite, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, SqueezeExcite
 from timm.layers.grn import GlobalResponseNorm
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
@@ -31,6 +31,7 @@ from visionattn.layers import (
     on_map,
     update_last,
 )
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage, check_image
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 

@@ -33,11 +33,11 @@ from timm.layers import (
     get_act_layer,
     register_notrace_function,
     register_notrace_module,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from visionattn.layers.initialization import trunc_normal_
 from visionattn.models._pyramid import PyramidBackbone, PyramidStage
 from visionattn.models._weights import build_backbone, rename_keys, unwrap
 

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -58,9 +59,11 @@ class SkippedImages(Callback):
 
 
 class EpochLines(Callback):
-    """One line of progress an epoch, and one a minute inside long epochs; logs each epoch's seconds and waits for data.
+    """One line of progress an epoch, and one a minute inside long epochs.
 
-    A resumed epoch's seconds, images per second and waits are of the part after the resume.
+    Logs each epoch's seconds, share of waiting for data, training images per second and, on a GPU, the peak of the
+    first process's memory since the start, in GiB. A resumed epoch's seconds, images per second and waits are of the
+    part after the resume.
     """
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -103,6 +106,10 @@ class EpochLines(Callback):
         waited = trainer.datamodule.clock.take()
         share = min(waited / max(seconds - self.validation, 1e-9), 1.0)
         module.log("data_share", share, rank_zero_only=True)
+        rate = self.images * trainer.world_size / max(seconds - self.validation, 1e-9)
+        module.log("images_per_second", rate, rank_zero_only=True)
+        if module.device.type == "cuda":
+            module.log("peak_memory_gib", torch.cuda.max_memory_allocated(module.device) / 2**30, rank_zero_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"{name} {metrics[key]:.3f}" for name, key in (("loss", "train/loss"),) if key in metrics]
         parts += [f"{name} {metrics[key]:.1%}" for name, key in _SHARES if key in metrics]
