@@ -75,8 +75,9 @@ def _memory_lines(axes: Axes, rows: list[dict[str, str]]) -> None:
         own = sorted(
             (int(row["height"]), float(row["peak_gib"]) / int(row["batch"])) for row in rows if row["model"] == name
         )
-        grey = name in PEERS
-        axes.plot(*zip(*own, strict=True), "o-", label=name, color="grey" if grey else None, alpha=0.6 if grey else 1)
+        if len(own) > 1:
+            style = dict(color="grey", marker="so"[list(PEERS).index(name) % 2]) if name in PEERS else dict(marker="o")
+            axes.plot(*zip(*own, strict=True), label=name.partition("_patch")[0], **style)
 
 
 def draw_memory(path: Path, rows: list[dict[str, str]]) -> None:
@@ -86,8 +87,13 @@ def draw_memory(path: Path, rows: list[dict[str, str]]) -> None:
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         _memory_lines(axes, [row for row in rows if row["mode"] == mode])
         axes.set(xlabel="height and width, pixels", ylabel=f"peak GiB an image, {mode}")
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({int(row["height"]) for row in rows})))
+        axes.yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2, 5]))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']} autocast, weights included", fontsize=9)

@@ -346,8 +346,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; errors that a user can cause end with one line and exit code 1."""
     args = parse(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("visionattn").setLevel(logging.INFO)  # what VISIONATTN_AUTOTUNE=1 finds
+    logger = logging.getLogger("visionattn")  # not the root: Lightning prints its lines itself and hands them on
+    logger.setLevel(logging.INFO)  # what VISIONATTN_AUTOTUNE=1 finds
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
     try:
         args.run(args)
     except Exception as error:
