@@ -31,7 +31,11 @@ TWO_STEPS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    # the others differ in their archives alone, which tests/data unpacks
+    "name",
+    [pytest.param(n, marks=[] if n in ("isic2018", "drive") else pytest.mark.thorough) for n in EXPERIMENTS],
+)
 def test_archives_become_a_trained_network_and_its_masks(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(made_up_archives, "SHAPE", (64, 72))
     experiment, model, count = EXPERIMENTS[name]
