@@ -38,9 +38,8 @@ from visionattn.models._weights import build_backbone, rename_keys, unwrap
 
 def conv_norm(in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, **dd: Any) -> MapSequential:
     """Convolution without bias, then batch norm."""
-    padding = kernel_size // 2
     return MapSequential(
-        nn.Conv2d(in_dim, dim, kernel_size, stride=stride, padding=padding, bias=False, **dd), nn.BatchNorm2d(dim, **dd)
+        nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, bias=False, **dd), nn.BatchNorm2d(dim, **dd)
     )
 
 
