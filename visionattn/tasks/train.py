@@ -12,7 +12,7 @@ import hydra
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
@@ -31,7 +31,7 @@ from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
 from visionattn.tasks.saving import DurableCheckpointIO
-from visionattn.tasks.stopping import LastCheckpoint
+from visionattn.tasks.stopping import EpochCheckpoint, EpochStopping, LastCheckpoint
 
 
 class ImageData(EpochData):
@@ -94,19 +94,19 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     devices, nodes = machines(group.get("devices", "auto"), group.get("num_nodes", "auto"), group["accelerator"])
     check_options(group, config.task, processes(devices) * nodes)
     callbacks = [
-        ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
+        EpochCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
         # so that a resumed run knows the best score
-        ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        EpochCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
         SkippedImages(folder),
         EpochLines(),
-        LastCheckpoint(folder, config.checkpoint_every),
+        LastCheckpoint(folder, config.checkpoint_every, group.pop("max_steps", None)),
     ]
     if config.patience is not None:
         if config.patience < 1:
             raise ValueError(f"patience={config.patience} must be at least 1 epoch, or null to train to the end")
         # an undefined score is no better one, but no reason to stop either
-        stopping = EarlyStopping(monitor, mode=mode, patience=config.patience, check_finite=False)
+        stopping = EpochStopping(monitor, mode=mode, patience=config.patience, check_finite=False)
         callbacks.append(stopping)
     terminal = sys.stdout.isatty()
     if terminal:
@@ -215,6 +215,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if not trainer.is_global_zero:
         return {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not metrics:  # nothing was left to train: those that are there stay
+        return metrics
     known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     write_text(folder / "metrics.json", json.dumps(known, indent=1))
     return metrics
