@@ -1,4 +1,4 @@
-"""The last checkpoint inside an epoch: every some steps or minutes, and where a signal or the last step ends the run."""
+"""The last checkpoint inside an epoch: every some steps or minutes, and where a signal or a limit ends the run."""
 
 import re
 import signal
@@ -15,6 +15,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what S
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
+def parse_duration(value: Any) -> int | None:
+    """Seconds of ``"90s"``, ``"30m"`` or ``"2h"``; None for anything else."""
+    found = re.fullmatch(r"(\d+)([smh])", str(value))
+    return int(found[1]) * _UNITS[found[2]] or None if found else None
+
+
 def parse_interval(value: Any) -> tuple[int | None, float | None]:
     """Steps or seconds of ``checkpoint_every``: 500 steps, ``"30m"``, ``"2h"`` or ``"90s"``.
 
@@ -23,11 +29,11 @@ def parse_interval(value: Any) -> tuple[int | None, float | None]:
     """
     if value is None:
         return None, None
-    found = re.fullmatch(r"(\d+)([smh]?)", str(value))
-    if not found or not int(found[1]):
+    if seconds := parse_duration(value):
+        return None, float(seconds)
+    if not re.fullmatch(r"0*[1-9]\d*", str(value)):
         raise ValueError(f"checkpoint_every={value} must be steps (500), minutes (30m), hours (2h), or null")
-    number, unit = int(found[1]), found[2]
-    return (None, float(number * _UNITS[unit])) if unit else (number, None)
+    return int(value), None
 
 
 def parse_steps(value: Any) -> int:

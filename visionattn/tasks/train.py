@@ -24,7 +24,7 @@ from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
-from visionattn.tasks.engine import check_options, machines, processes, strategy
+from visionattn.tasks.engine import check_options, lost_processes, machines, processes, strategy
 from visionattn.tasks.files import remove_stale
 from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
@@ -112,10 +112,10 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     if terminal:
         callbacks.append(RichProgressBar())
     return hydra.utils.instantiate(
-        {k: v for k, v in group.items() if k not in ("devices", "num_nodes", "strategy")},
+        {k: v for k, v in group.items() if k not in ("devices", "num_nodes", "strategy", "timeout")},
         devices=devices,
         num_nodes=nodes,
-        strategy=strategy(group.get("strategy", "auto"), processes(devices) * nodes),
+        strategy=strategy(group.get("strategy", "auto"), processes(devices) * nodes, group.get("timeout")),
         default_root_dir=str(folder),
         callbacks=callbacks,
         plugins=[DurableCheckpointIO()],
@@ -211,7 +211,8 @@ def train(config: DictConfig) -> dict[str, float]:
     # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    with lost_processes(trainer, config.trainer.get("timeout"), folder / "checkpoints" / "last.ckpt"):
+        trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     if not trainer.is_global_zero:
         return {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
