@@ -1,5 +1,6 @@
 """Overrides that change how a network is trained: launchers, compiled and recomputed networks, waits for data."""
 
+import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -9,7 +10,14 @@ import torch
 from torch import nn
 
 import visionattn  # noqa: F401
-from visionattn.tasks.engine import compile_mode, lost_processes, machines, set_grad_checkpointing, strategy
+from visionattn.tasks.engine import (
+    accept_own_figures,
+    compile_mode,
+    lost_processes,
+    machines,
+    set_grad_checkpointing,
+    strategy,
+)
 from visionattn.tasks.loaders import WaitClock
 
 
@@ -68,6 +76,15 @@ def test_only_errors_of_lost_processes_are_said_in_one_line(tmp_path):
     trainer.world_size = 1
     with pytest.raises(RuntimeError, match="timed out"), lost_processes(trainer, None, tmp_path):
         raise RuntimeError("a read timed out")
+
+
+def test_advice_is_silent_on_own_figures_only():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        accept_own_figures()
+        for name in ("lr", "val/loss", "lr2"):
+            warnings.warn(f"It is recommended to use `self.log({name!r}, ..., sync_dist=True)` when", stacklevel=1)
+    assert [str(warning.message).split("'")[1] for warning in seen] == ["val/loss", "lr2"]
 
 
 def test_recomputed_blocks_have_the_same_gradients():

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -219,13 +220,19 @@ def strategy(name: str, processes: int, timeout: Any = None) -> Any:
         )
     if not limit:
         return name
-    entry = StrategyRegistry[name] if name in StrategyRegistry else {}
+    entry = dict(StrategyRegistry).get(name, {})  # its own get would build the strategy
     if entry.get("strategy") is not DDPStrategy:
         raise ValueError(
             f"trainer.timeout={timeout} is how long processes of trainer.strategy=ddp or fsdp wait for each other, not "
             f"of {name}; set one of them, or trainer.timeout=null"
         )
     return DDPStrategy(**entry["init_params"], **limit)
+
+
+def accept_own_figures() -> None:
+    """Silence Lightning's advice to average over all processes what the first logs alone on purpose."""
+    names = ("lr", "epoch_seconds", "data_share", "val/threshold", "val/dice_at_half")
+    warnings.filterwarnings("ignore", rf"It is recommended to use `self\.log\('({'|'.join(names)})'")
 
 
 @contextmanager

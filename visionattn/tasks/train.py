@@ -24,7 +24,7 @@ from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
-from visionattn.tasks.engine import check_options, lost_processes, machines, processes, strategy
+from visionattn.tasks.engine import accept_own_figures, check_options, lost_processes, machines, processes, strategy
 from visionattn.tasks.files import remove_stale
 from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
@@ -211,6 +211,7 @@ def train(config: DictConfig) -> dict[str, float]:
     # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    accept_own_figures()
     with lost_processes(trainer, config.trainer.get("timeout"), folder / "checkpoints" / "last.ckpt"):
         trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     if not trainer.is_global_zero:
