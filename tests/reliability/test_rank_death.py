@@ -1,10 +1,11 @@
-"""One of two processes that train together dies: the other ends soon and says so, and a restart goes on."""
+"""One of two processes that train together dies or hangs: the other ends and says so, and a restart goes on."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,36 +47,45 @@ def test_rank_that_dies_ends_the_other_and_a_restart_goes_on(pictures, tmp_path,
     assert torch.load(last, weights_only=True)["epoch"] == 2
 
 
-def children(process):
-    """Numbers of a process's children and theirs."""
+def processes_below(process):
+    """Numbers of the processes of the command that a process started, directly or not."""
     found = []
     for child in map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()):
-        found += [child, *children(child)]
+        with suppress(FileNotFoundError):  # it has ended since
+            found += [child] if b"visionattn.cli" in Path(f"/proc/{child}/cmdline").read_bytes() else []
+            found += processes_below(child)
     return found
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_launchers_end_when_a_rank_dies(pictures, tmp_path, launcher):
+def test_launchers_end_when_a_rank_is_lost(pictures, tmp_path, launcher, number):
     modules = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"] if launcher == "torchrun" else []
     command = [sys.executable, "-m", *modules, "visionattn.cli"]
-    command += training(pictures, tmp_path, "two", *TWO, "trainer.max_epochs=1000")
+    command += training(pictures, tmp_path, "two", *TWO, "trainer.max_epochs=1000", "+trainer.timeout=30s")
+    limit = SECONDS if number == signal.SIGKILL else 30 + SECONDS  # torchrun kills what SIGTERM did not end 30 s later
     last = tmp_path / "two" / "checkpoints" / "last.ckpt"
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ranks = []
     try:
         deadline = time.monotonic() + PATIENCE
         while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        ranks = [pid for pid in children(process.pid) if b"visionattn.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        os.kill(max(ranks), signal.SIGKILL)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        ranks = processes_below(process.pid)
+        os.kill(max(ranks), number)
         killed = time.monotonic()
-        assert process.wait(SECONDS) != 0
-        while any(os.path.exists(f"/proc/{pid}") for pid in ranks) and time.monotonic() < killed + SECONDS:
+        assert process.wait(limit) != 0
+        while any(os.path.exists(f"/proc/{pid}") for pid in ranks) and time.monotonic() < killed + limit:
             time.sleep(0.1)
-        print(f"{launcher} ended after {time.monotonic() - killed:.1f} s with {process.returncode}")
+        seconds = time.monotonic() - killed
+        print(f"{launcher}, {number.name}: ended after {seconds:.1f} s with {process.returncode}")
         assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
     finally:
+        for pid in filter(lambda pid: os.path.exists(f"/proc/{pid}"), ranks):
+            os.kill(pid, signal.SIGKILL)
         process.kill()
         process.wait()
     assert torch.load(last, weights_only=True)["state_dict"]

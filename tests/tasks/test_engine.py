@@ -1,12 +1,23 @@
 """Overrides that change how a network is trained: launchers, compiled and recomputed networks, waits for data."""
 
+import warnings
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 import visionattn  # noqa: F401
-from visionattn.tasks.engine import compile_mode, machines, set_grad_checkpointing
+from visionattn.tasks.engine import (
+    accept_own_figures,
+    compile_mode,
+    lost_processes,
+    machines,
+    set_grad_checkpointing,
+    strategy,
+)
 from visionattn.tasks.loaders import WaitClock
 
 
@@ -29,6 +40,51 @@ def test_several_nodes_need_a_launcher(monkeypatch):
     with pytest.raises(ValueError, match=r"num_nodes=2.*torchrun --nnodes=2"):
         machines(1, 2, "cpu")
     assert machines("auto", "auto", "cpu") == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_find_unused_parameters_true", "fsdp"])
+def test_timeout_is_that_of_the_processes(name):
+    assert strategy(name, 2, "10m")._timeout == timedelta(minutes=10)
+
+
+@pytest.mark.parametrize("timeout", [600, "0s", "10 m", "1.5h", "soon", False])
+def test_other_timeouts_are_named(timeout):
+    with pytest.raises(ValueError, match=rf"trainer.timeout={timeout} must be .*10m"):
+        strategy("ddp", 2, timeout)
+
+
+def test_timeout_of_one_process_and_of_other_strategies_is_refused():
+    for name in ("auto", "single_device", "no such"):
+        assert strategy(name, 1) == name
+        with pytest.raises(ValueError, match=f"not of {name}"):
+            strategy(name, 1, "10m")
+
+
+def test_only_errors_of_lost_processes_are_said_in_one_line(tmp_path):
+    killed = []
+    trainer = SimpleNamespace(world_size=2, global_rank=1)
+    trainer.strategy = SimpleNamespace(launcher=SimpleNamespace(kill=killed.append))
+    with pytest.raises(RuntimeError, match="shape"), lost_processes(trainer, "10m", tmp_path):
+        raise RuntimeError("shape")
+    assert not killed
+    with (
+        pytest.raises(ConnectionError, match=r"process 1 of 2 .*trainer.timeout=10m"),
+        lost_processes(trainer, "10m", tmp_path),
+    ):
+        raise RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:1")
+    assert killed
+    trainer.world_size = 1
+    with pytest.raises(RuntimeError, match="timed out"), lost_processes(trainer, None, tmp_path):
+        raise RuntimeError("a read timed out")
+
+
+def test_advice_is_silent_on_own_figures_only():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        accept_own_figures()
+        for name in ("lr", "val/loss", "lr2"):
+            warnings.warn(f"It is recommended to use `self.log({name!r}, ..., sync_dist=True)` when", stacklevel=1)
+    assert [str(warning.message).split("'")[1] for warning in seen] == ["val/loss", "lr2"]
 
 
 def test_recomputed_blocks_have_the_same_gradients():

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_same
 
 from visionattn.cli import main
-from visionattn.tasks.stopping import LastCheckpoint, parse_interval
+from visionattn.tasks.stopping import LastCheckpoint, parse_interval, parse_steps
 
 # five batches in groups of two: the last group of an epoch is an incomplete one
 ARGUMENTS = [
@@ -78,6 +78,20 @@ def test_stopped_run_goes_on_inside_its_epoch(tmp_path, whole, monkeypatch, caps
     assert_same_run(whole, tmp_path / "x")
 
 
+def test_run_with_more_steps_goes_on_where_the_former_limit_was(tmp_path, whole):
+    """Three steps an epoch: limits inside the first, at its end, again the same, and inside the second; then none."""
+    checkpoints = tmp_path / "x" / "checkpoints"
+    for workers, steps, position, best in ((0, 1, 2, False), (1, 3, 5, True), (0, 3, 5, True), (1, 4, 2, True)):
+        limit = ["patience=9", f"+trainer.max_steps={steps}", f"data.workers={workers}", "ckpt_path=auto"]
+        main([*ARGUMENTS, f"output_dir={tmp_path}", "name=x", *limit])
+        last = content(tmp_path / "x")
+        assert last["global_step"] == steps
+        assert last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] == position
+        assert (checkpoints / "best.ckpt").exists() == best  # of whole epochs, which alone have scores
+    main([*ARGUMENTS, f"output_dir={tmp_path}", "name=x", "patience=9", "data.workers=0", "ckpt_path=last"])
+    assert_same_run(whole, tmp_path / "x")
+
+
 def test_checkpoints_between_change_nothing_and_other_batches_are_refused(tmp_path, whole, monkeypatch):
     place = [f"output_dir={tmp_path}", "name=x", "data.workers=0"]
     main([*ARGUMENTS, *place, "checkpoint_every=1"])
@@ -124,3 +138,10 @@ def test_intervals(value, expected):
 def test_other_intervals_are_named(value):
     with pytest.raises(ValueError, match="checkpoint_every="):
         parse_interval(value)
+
+
+def test_limits_of_steps():
+    assert [parse_steps(value) for value in (None, -1, 7)] == [-1, -1, 7]
+    for value in (0, -2, "many", 1.5):
+        with pytest.raises(ValueError, match=f"trainer.max_steps={value}"):
+            parse_steps(value)

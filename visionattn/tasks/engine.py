@@ -2,17 +2,24 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from visionattn.tasks.stopping import parse_duration
+
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _BLOCK = re.compile(r"(^|\.)blocks\.\d+$")  # timm's name of the residual blocks of a stage
+_LOST = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe", re.IGNORECASE)  # as gloo says it
 
 
 def compile_mode(value: str | bool | None) -> str | None:
@@ -189,14 +196,70 @@ def processes(devices: Any) -> int:
     return torch.cuda.device_count() if int(devices) == -1 else int(devices)
 
 
-def strategy(name: str, processes: int) -> Any:
+def strategy(name: str, processes: int, timeout: Any = None) -> Any:
     """``trainer.strategy`` for Lightning: ``"fsdp"`` shards over all processes, other names are Lightning's own.
 
     A checkpoint is one file of whole tensors either way. Lightning's own ``"fsdp"`` is the older wrapper, which renames
     parameters and refuses CPUs.
+
+    Args:
+        name: The strategy.
+        processes: On all machines.
+        timeout: ``trainer.timeout``, how long a process waits for the others: ``"90s"``, ``"10m"`` or ``"2h"``; None
+            for Lightning's 30 minutes.
+
+    Raises:
+        ValueError: Another timeout; one for a strategy that has none.
     """
-    if name != "fsdp":
+    limit = {} if timeout is None else dict(timeout=timedelta(seconds=parse_duration(timeout) or 0))
+    if limit and not limit["timeout"]:
+        raise ValueError(f"trainer.timeout={timeout} must be seconds (90s), minutes (10m), hours (2h), or null")
+    if name == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False, **limit
+        )
+    if not limit:
         return name
-    return ModelParallelStrategy(
-        data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
+    entry = dict(StrategyRegistry).get(name, {})  # its own get would build the strategy
+    if entry.get("strategy") is not DDPStrategy:
+        raise ValueError(
+            f"trainer.timeout={timeout} is how long processes of trainer.strategy=ddp or fsdp wait for each other, not "
+            f"of {name}; set one of them, or trainer.timeout=null"
+        )
+    return DDPStrategy(**entry["init_params"], **limit)
+
+
+def accept_own_figures() -> None:
+    """Silence Lightning's advice to average over all processes what the first logs alone on purpose."""
+    timings = ("lr", "epoch_seconds", "data_share", "images_per_second", "peak_memory_gib")
+    names = (*timings, "val/threshold", "val/dice_at_half")
+    warnings.filterwarnings("ignore", rf"It is recommended to use `self\.log\('({'|'.join(names)})'")
+
+
+@contextmanager
+def lost_processes(trainer: Any, timeout: Any, path: Any) -> Iterator[None]:
+    """Say in one line that another process died or did not answer, and leave none behind that Lightning started here.
+
+    Under NCCL the process group ends its process itself, with lines of its own.
+
+    Args:
+        trainer: Lightning's.
+        timeout: ``trainer.timeout``.
+        path: The last checkpoint.
+
+    Raises:
+        ConnectionError: A process was lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not _LOST.search(str(error)):
+            raise
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # a process that hangs heeds nothing else
+        raise ConnectionError(
+            f"process {trainer.global_rank} of {trainer.world_size} lost another one, which died (its own output says "
+            f"why) or did not answer within trainer.timeout={timeout or '30m'} (raise that if it was only slow); end "
+            f"what is left of the run and start it again with ckpt_path=auto, from {path} if it is there "
+            f"({str(error).splitlines()[0]})"
+        ) from error

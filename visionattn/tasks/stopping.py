@@ -1,4 +1,4 @@
-"""The last checkpoint inside an epoch: every some steps or minutes, and when a signal ends the run."""
+"""The last checkpoint inside an epoch: every some steps or minutes, and where a signal or a limit ends the run."""
 
 import re
 import signal
@@ -8,11 +8,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM's --signal=USR1@90 sends
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def parse_duration(value: Any) -> int | None:
+    """Seconds of ``"90s"``, ``"30m"`` or ``"2h"``; None for anything else."""
+    found = re.fullmatch(r"(\d+)([smh])", str(value))
+    return int(found[1]) * _UNITS[found[2]] or None if found else None
 
 
 def parse_interval(value: Any) -> tuple[int | None, float | None]:
@@ -23,11 +29,48 @@ def parse_interval(value: Any) -> tuple[int | None, float | None]:
     """
     if value is None:
         return None, None
-    found = re.fullmatch(r"(\d+)([smh]?)", str(value))
-    if not found or not int(found[1]):
+    if seconds := parse_duration(value):
+        return None, float(seconds)
+    if not re.fullmatch(r"0*[1-9]\d*", str(value)):
         raise ValueError(f"checkpoint_every={value} must be steps (500), minutes (30m), hours (2h), or null")
-    number, unit = int(found[1]), found[2]
-    return (None, float(number * _UNITS[unit])) if unit else (number, None)
+    return int(value), None
+
+
+def parse_steps(value: Any) -> int:
+    """Steps of ``trainer.max_steps``, in Lightning's notation: -1 for no limit, which null is here too.
+
+    Raises:
+        ValueError: Neither that nor a number of steps.
+    """
+    if value is None or value == -1:
+        return -1
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"trainer.max_steps={value} must be a number of steps, or null for all of trainer.max_epochs")
+    return value
+
+
+def _steps_done(trainer: Any) -> bool:
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
+class _WholeEpochs:
+    """Leaves out the end of an epoch that ``max_steps`` cut short, which Lightning ends like any other.
+
+    A checkpoint from there would go on with the next epoch, and there may be no score yet.
+    """
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if not _steps_done(trainer) or done >= trainer.num_training_batches:
+            super().on_train_epoch_end(trainer, module)  # type: ignore[misc]
+
+
+class EpochCheckpoint(_WholeEpochs, ModelCheckpoint):
+    """Lightning's checkpoint, at the end of whole epochs only; inside one ``LastCheckpoint`` writes it."""
+
+
+class EpochStopping(_WholeEpochs, EarlyStopping):
+    """Lightning's early stopping, by the scores of whole epochs only."""
 
 
 class LastCheckpoint(Callback):
@@ -37,25 +80,32 @@ class LastCheckpoint(Callback):
     where a validation follows, which the resumed run would leave out, and not behind the last batch of an epoch, which
     ends with a checkpoint of its own. What is due there is written after the next step.
 
+    Where ``max_steps`` ends the run inside an epoch it is written too, so that a run with more steps goes on there.
+    Lightning counts the steps, but must not know of them before a checkpoint is loaded: it would take the end of an
+    epoch for the middle of one.
+
     SIGTERM, SIGINT and SIGUSR1 write it too and end the run with the exit code 128 + the signal's number (SIGUSR1: that
     of SIGTERM); all processes stop at one step, whichever of them was told. A second signal ends the run at once.
 
     Args:
         folder: The run's folder.
         every: See ``parse_interval``.
+        max_steps: See ``parse_steps``.
 
     Raises:
-        ValueError: Another ``every``.
+        ValueError: Another ``every`` or ``max_steps``.
     """
 
-    def __init__(self, folder: Path, every: Any = None):
+    def __init__(self, folder: Path, every: Any = None, max_steps: Any = None):
         self.folder, self.path = folder, folder / "checkpoints" / "last.ckpt"
         self.steps, self.seconds = parse_interval(every)
+        self.max_steps = parse_steps(max_steps)
         self.signal = 0
         self.former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Start the clock, and take the signals."""
+        """Start the clock, limit the steps, and take the signals."""
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         self.step, self.time = trainer.global_step, time.monotonic()
         try:
             # behind Lightning's own handlers, which end the process at once or at the end of the epoch
@@ -85,24 +135,26 @@ class LastCheckpoint(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if something asks for it and the run could go on from here."""
-        done, interval = batch_idx + 1, trainer.val_check_batch
+        done, interval, ends = batch_idx + 1, trainer.val_check_batch, _steps_done(trainer)
         last = done >= trainer.num_training_batches
-        validated = isinstance(interval, int) and done % interval == 0
+        validated = isinstance(interval, int) and done % interval == 0 and not ends  # then this run still validates
         if last or validated or done % trainer.accumulate_grad_batches:
             return
         number, late = self._agree(trainer)
         due = self.steps is not None and trainer.global_step - self.step >= self.steps
-        if not (number or late or due):
+        if not (number or late or due or ends):
             return
         trainer.save_checkpoint(self.path, weights_only=False)  # of a model: the state of the optimizer too
         self.step, self.time = trainer.global_step, time.monotonic()
+        saved = f"stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step}, saved in {self.path}"
         if number:
             name = signal.Signals(number).name
-            rank_zero_info(
-                f"{name}: stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step}, saved in "
-                f"{self.path}; the same command with ckpt_path=last goes on from there"
-            )
+            rank_zero_info(f"{name}: {saved}; the same command with ckpt_path=last goes on from there")
             raise SystemExit(128 + number)
+        if ends:
+            rank_zero_info(
+                f"trainer.max_steps={trainer.max_steps}: {saved}; ckpt_path=last with more steps goes on from there"
+            )
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Give the signals back."""

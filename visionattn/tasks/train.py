@@ -12,7 +12,7 @@ import hydra
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from timm.data import create_transform, resolve_model_data_config
@@ -24,14 +24,14 @@ from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
-from visionattn.tasks.engine import check_options, machines, processes, strategy
+from visionattn.tasks.engine import accept_own_figures, check_options, lost_processes, machines, processes, strategy
 from visionattn.tasks.files import remove_stale
 from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
 from visionattn.tasks.networks import make_classifier
 from visionattn.tasks.saving import DurableCheckpointIO
-from visionattn.tasks.stopping import LastCheckpoint
+from visionattn.tasks.stopping import EpochCheckpoint, EpochStopping, LastCheckpoint
 
 
 class ImageData(EpochData):
@@ -94,28 +94,28 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     devices, nodes = machines(group.get("devices", "auto"), group.get("num_nodes", "auto"), group["accelerator"])
     check_options(group, config.task, processes(devices) * nodes)
     callbacks = [
-        ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
+        EpochCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
         # so that a resumed run knows the best score
-        ModelCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        EpochCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
         SkippedImages(folder),
         EpochLines(),
-        LastCheckpoint(folder, config.checkpoint_every),
+        LastCheckpoint(folder, config.checkpoint_every, group.pop("max_steps", None)),
     ]
     if config.patience is not None:
         if config.patience < 1:
             raise ValueError(f"patience={config.patience} must be at least 1 epoch, or null to train to the end")
         # an undefined score is no better one, but no reason to stop either
-        stopping = EarlyStopping(monitor, mode=mode, patience=config.patience, check_finite=False)
+        stopping = EpochStopping(monitor, mode=mode, patience=config.patience, check_finite=False)
         callbacks.append(stopping)
     terminal = sys.stdout.isatty()
     if terminal:
         callbacks.append(RichProgressBar())
     return hydra.utils.instantiate(
-        {k: v for k, v in group.items() if k not in ("devices", "num_nodes", "strategy")},
+        {k: v for k, v in group.items() if k not in ("devices", "num_nodes", "strategy", "timeout")},
         devices=devices,
         num_nodes=nodes,
-        strategy=strategy(group.get("strategy", "auto"), processes(devices) * nodes),
+        strategy=strategy(group.get("strategy", "auto"), processes(devices) * nodes, group.get("timeout")),
         default_root_dir=str(folder),
         callbacks=callbacks,
         plugins=[DurableCheckpointIO()],
@@ -211,10 +211,14 @@ def train(config: DictConfig) -> dict[str, float]:
     # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
     warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    accept_own_figures()
+    with lost_processes(trainer, config.trainer.get("timeout"), folder / "checkpoints" / "last.ckpt"):
+        trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     if not trainer.is_global_zero:
         return {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not metrics:  # nothing was left to train: those that are there stay
+        return metrics
     known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     write_text(folder / "metrics.json", json.dumps(known, indent=1))
     return metrics
