@@ -1,7 +1,7 @@
-"""Time exported files beside the eager model on the CPU; rows go to docs/benchmarks/exports.csv, tables to docs/export.md.
+"""Time exported files beside the eager model on the CPU: rows for docs/benchmarks/exports.csv, a table in docs/export.md.
 
-``python tools/time_exports.py biformer_t resnet50 --threads 2``; without names the page's tables are written anew from
-the rows that are there. A format that a model cannot take is named and left out.
+``python tools/time_exports.py davit_t convnext_tiny --threads 2``; without names the table is written anew from the
+rows that are there. A format that a model cannot take is named and left out.
 """
 
 import argparse
@@ -83,8 +83,8 @@ def measure(name: str, wanted: list[str], rounds: int, file: CsvFile) -> None:
 _TIMES = dict(median_ms=statistics.median, fastest_ms=min)
 
 
-def tables(rows: list[dict[str, str]]) -> str:
-    """Medians of both batches, sizes, and what 8 bits do to the outputs, the last row of every kind."""
+def table_of(rows: list[dict[str, str]]) -> str:
+    """Times of both batches, sizes, and differences to the eager outputs, from the last row of every kind."""
     last = {(row["model"], row["form"], int(row["batch"])): row for row in rows}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -97,9 +97,9 @@ def tables(rows: list[dict[str, str]]) -> str:
 
 
 def write_page() -> None:
-    """Put the tables between the markers of the page."""
+    """Put the table between the markers of the page."""
     with ROWS.open(newline="", encoding="utf-8") as file:
-        table = tables(list(csv.DictReader(file)))
+        table = table_of(list(csv.DictReader(file)))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     write_text(PAGE, f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
 
