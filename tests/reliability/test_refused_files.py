@@ -13,8 +13,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from visionattn.cli import main
+from visionattn.heads._published import read_published
+from visionattn.heads.herseg import HERSeg
 from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import check_sources, config_folder
+from visionattn.tasks.export import from_run
 from visionattn.tasks.saving import DurableCheckpointIO
 
 NAME = "test_patnet"
@@ -92,10 +95,26 @@ def places(tmp_path):
         "eval_run": lambda path: (into_run(path), main(["eval", str(run)])),
         "resume": lambda path: main(["train", f"model={NAME}", *data, "name=x", f"ckpt_path={path}"]),
         "trainer": lambda path: DurableCheckpointIO().load_checkpoint(path, weights_only=False),
+        "export_run": lambda path: from_run(path),
+        "head": lambda path: read_published(path),
+        "herseg": lambda path: HERSeg(
+            "test_lgvit", decoder_kwargs=dict(dim=32, num_heads=4, mlp_dim=32)
+        ).load_published(path),
     }
 
 
-PLACES = ("file", "convert", "predict", "predict_run", "eval_model", "eval_run", "resume", "trainer")
+PLACES = (
+    "file",
+    "convert",
+    "predict",
+    "predict_run",
+    "eval_model",
+    "eval_run",
+    "resume",
+    "trainer",
+    "export_run",
+    "head",
+)
 
 
 def refused(places, place, path):
@@ -157,7 +176,7 @@ def test_checkpoint_with_a_flipped_byte_is_named_or_read(weights, tmp_path):
     assert refusals > 10
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, "herseg"])
 def test_archive_that_unpacks_to_more_is_refused(places, weights, tmp_path, place):
     path = tmp_path / "bomb.ckpt"
     with zipfile.ZipFile(io.BytesIO(zipped(in_run(weights)))) as archive, zipfile.ZipFile(path, "w") as bomb:

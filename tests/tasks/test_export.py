@@ -280,7 +280,8 @@ def test_other_runs_are_refused(tmp_path):
     ("name", "free", "format"),
     [
         *((name, "all", "onnx") for name in ("test_biformer", "test_davit", "test_nat", "test_litv2", "lgvit_d24")),
-        *((name, "batch", "onnx") for name in ("test_overlock", "test_patnet", "test_ninformer")),
+        *((name, "all", "onnx") for name in ("test_overlock", "test_patnet")),
+        ("test_ninformer", "batch", "onnx"),
         ("test_biformer", "all", "torch"),
     ],
 )

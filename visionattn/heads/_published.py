@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from visionattn import _files
+
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint, without the prefix ``module.`` of parallel training.
@@ -17,11 +19,12 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds more than tensors and plain values.
+        ValueError: It is damaged, compressed, or holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pth or .safetensors file")
+    _files.check_archive(path)
     try:
         if path.suffix == ".safetensors":
             found: Any = load_file(path)

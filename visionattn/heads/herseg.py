@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from visionattn import _files
 from visionattn.heads._backbones import create_backbone
 from visionattn.heads.mask_decoder import PUBLISHED_MASKS, MaskDecoder
 from visionattn.ops import crop, pad_to_multiple
@@ -210,6 +211,7 @@ def _level_of_stride_16(backbone: str, kwargs: dict[str, Any]) -> int:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    _files.check_archive(path)
     try:
         weights: Any = load_state_dict(str(path), use_ema=False)
     except Exception as error:  # readers raise a dozen types for damaged files, and for objects that could run code

@@ -23,6 +23,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from safetensors.torch import load_file
 
+from visionattn import _files
 from visionattn.models._weights import download_weights
 
 STATISTICS = ("min", "max", "current", "mean")
@@ -70,11 +71,12 @@ def read_checkpoint(filename: str, map_location: Any = None) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds objects other than those a checkpoint of mmengine holds.
+        ValueError: It is damaged or compressed, or holds objects other than those a checkpoint of mmengine holds.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pth or .safetensors file")
+    _files.check_archive(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -148,8 +148,9 @@ def distance_buckets(height: int, width: int, device: torch.device) -> Tensor:
 
     Reference: iRPE, Wu et al., ICCV 2021, arXiv:2107.14222.
     """
-    pixel = torch.arange(height * width, device=device)
-    row, column = pixel // width, pixel % width
+    # no division by the width: where that is a symbol, ONNX has no translation for it
+    row = torch.arange(height, device=device)[:, None].expand(height, width).flatten()
+    column = torch.arange(width, device=device).expand(height, width).flatten()
     dy, dx = row[:, None] - row[None, :], column[:, None] - column[None, :]
     near = (dy * dy + dx * dx).float().sqrt().round()
     far = (20 + 20 / math.log(8.0) * (near.clamp(min=1) / 20).log()).round().clamp(max=40)

@@ -147,6 +147,8 @@ def write_onnx(model: nn.Module, images: Tensor, free: str, path: Path, facts: s
     need_packages("onnx", "onnxruntime", "onnxscript")
     import onnx
 
+    from visionattn.tasks.export_onnx import TRANSLATIONS
+
     try:
         with torch.no_grad(), _quiet():
             program: Any = torch.onnx.export(
@@ -158,6 +160,7 @@ def write_onnx(model: nn.Module, images: Tensor, free: str, path: Path, facts: s
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=_free_sizes(free),
+                custom_translation_table=TRANSLATIONS,
             )
     except Exception as error:
         raise _refused(free, error) from error

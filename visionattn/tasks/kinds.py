@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from visionattn import _files
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -102,6 +104,7 @@ def kind_of(run: str | Path) -> str:
     if not path.is_file():
         return "classification"
     try:
+        _files.check_archive(path)
         found = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"].get("task")
     except Exception:  # loading it says what is wrong with it
         return "classification"
