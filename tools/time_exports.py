@@ -1,4 +1,4 @@
-"""Time exported files beside the eager model on the CPU: rows of docs/benchmarks/exports.csv, table of docs/export.md.
+"""Time exported files beside the eager model on the CPU: rows for docs/benchmarks/exports.csv, a table in export.md.
 
 ``python tools/time_exports.py davit_t convnext_tiny --threads 2``; without names the table is written anew from the
 rows that are there. A format that a model cannot take is named and left out.
