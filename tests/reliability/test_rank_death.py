@@ -47,6 +47,32 @@ def test_rank_that_dies_ends_the_other_and_a_restart_goes_on(pictures, tmp_path,
     assert torch.load(last, weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.thorough)])
+def test_rank_that_hangs_ends_the_other_after_the_timeout(pictures, tmp_path, strategy):
+    limits = [f"trainer.strategy={strategy}", "+trainer.timeout=10s", "task.ema_decay=null", "trainer.max_epochs=1000"]
+    receiver, sender = FORKS.Pipe(duplex=False)
+    ranks = start_ranks(training(pictures, tmp_path, "two", *TWO, *limits), tmp_path, sender)
+    sender.close()
+    try:
+        for _ in range(6):
+            assert receiver.poll(PATIENCE), (tmp_path / "rank0.log").read_text()
+            receiver.recv()
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        ranks[0].join(SECONDS)
+        seconds, said = time.monotonic() - stopped, (tmp_path / "rank0.log").read_text()
+        print(f"{strategy}: rank 0 ended {seconds:.1f} s after rank 1 hung with {ranks[0].exitcode}")
+        assert ranks[0].exitcode == 1 and seconds > 5, said
+        assert "error: process 0 of 2 lost another one" in said and "trainer.timeout=10s" in said
+        assert "Traceback" not in said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join(PATIENCE)
+    assert torch.load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
 def processes_below(process):
     """Numbers of the processes of the command that a process started, directly or not."""
     found = []
