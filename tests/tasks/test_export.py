@@ -187,6 +187,16 @@ def test_model_that_cannot_be_traced_says_why(network, tmp_path):
         export_formats.trace(Branches(), torch.ones(2, 3, 8, 8), "batch")
 
 
+@pytest.mark.thorough
+def test_file_that_onnxruntime_cannot_load_says_why(network, tmp_path):
+    class Precise(nn.Module):
+        def forward(self, x):
+            return nn.functional.avg_pool2d(x.double(), 2).mean((2, 3)).float()
+
+    with pytest.raises(ValueError, match="ONNX Runtime cannot run .* an implementation for AveragePool"):
+        export_formats.write_onnx(Precise(), torch.ones(1, 3, 8, 8), "none", tmp_path / "x.onnx", "{}")
+
+
 # 8 bits
 
 
@@ -301,7 +311,7 @@ def test_compiled_package_equals_eager(network, tmp_path):
 
 @pytest.mark.thorough
 def test_masks_of_the_nuclei_network_run_in_onnxruntime(tmp_path):
-    model = dict(_target_="visionattn.heads.fsgnet.FSGNet", backbone="test_biformer", base_c=16)
+    model = dict(_target_="visionattn.heads.fsgnet.FSGNetDecoder", backbone="test_biformer", base_c=16)
     network = from_run(untrained_runs.segmentation_run(tmp_path / "run", **model))
     facts = export(network, Settings("onnx", "batch"), tmp_path / "masks.onnx")
     assert facts["relative_difference"] < 1e-3

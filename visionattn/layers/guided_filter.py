@@ -77,8 +77,8 @@ class AttentionGuidedFilter(nn.Module):
     others beside it. ``per="image"`` sums over each image alone; the two agree for one image.
 
     The published code computes in float64 whatever it is given. With ``dtype=None`` this module does so too for float32
-    and float64 inputs outside autocast; under autocast, for half-precision inputs and where a device has no float64 it
-    computes in float32, never lower. ``docs/fsgnet.md`` states the error of float32.
+    and float64 inputs outside autocast; under autocast, for half-precision inputs, in ONNX and where a device has no
+    float64 it computes in float32, never lower. ``docs/fsgnet.md`` states the error of float32.
 
     Args:
         radius: Pixels on each side of a window's middle, r in the paper.
@@ -139,6 +139,8 @@ class AttentionGuidedFilter(nn.Module):
     def _precision(x: Tensor) -> torch.dtype:
         half = x.dtype in (torch.float16, torch.bfloat16)
         if half or torch.is_autocast_enabled(x.device.type) or x.device.type == "mps":
+            return torch.float32
+        if torch.onnx.is_in_onnx_export():  # ONNX Runtime pools and resizes no float64
             return torch.float32
         return torch.float64
 

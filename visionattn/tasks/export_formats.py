@@ -142,7 +142,7 @@ def write_onnx(model: nn.Module, images: Tensor, free: str, path: Path, facts: s
 
     Raises:
         ImportError: Packages are missing.
-        ValueError: The model cannot be translated, or only with operators of another domain.
+        ValueError: The model cannot be translated, or only with operators of another domain, or not run.
     """
     need_packages("onnx", "onnxruntime", "onnxscript")
     import onnx
@@ -172,7 +172,10 @@ def write_onnx(model: nn.Module, images: Tensor, free: str, path: Path, facts: s
     check_domains(content)
     onnx.checker.check_model(content)
     onnx.save(content, str(path))
-    return load_onnx(path)
+    try:
+        return load_onnx(path)
+    except Exception as error:  # the runtime's own types, for operators that it lacks for a dtype
+        raise ValueError(f"ONNX Runtime cannot run what was exported: {' '.join(str(error).split())[-200:]}") from error
 
 
 def check_domains(model: Any) -> Counter[str]:
