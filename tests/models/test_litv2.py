@@ -132,6 +132,7 @@ def test_exported_with_free_sizes_equals_eager():
             assert_close(f"logits at {size}", model(x), program.module()(x), 1e-5)
 
 
+@pytest.mark.thorough
 def test_onnx_with_a_free_batch_equals_eager(tmp_path):
     import onnxruntime
 

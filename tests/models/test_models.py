@@ -16,7 +16,7 @@ GOLDEN = {row["name"]: row for row in csv.DictReader((Path(__file__).parent / "g
 EVERY_MODEL = pytest.mark.parametrize("name", NAMES)
 ISOTROPIC = ("activator", "lgvit", "ninformer")
 # from so many parameters on the smaller models of a family show the same
-LARGE = {name for name, row in GOLDEN.items() if int(row["params"]) > 30e6}
+LARGE = {name for name, row in GOLDEN.items() if int(row["params"]) > 20e6}
 _MARKED = [pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE else []) for name in NAMES]
 EVERY_MODEL_OR_ITS_FAMILY = pytest.mark.parametrize("name", _MARKED)
 EVERY_PYRAMID_OR_ITS_FAMILY = pytest.mark.parametrize(
