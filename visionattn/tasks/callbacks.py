@@ -17,6 +17,7 @@ _SHARES = (
     ("mIoU", "val/miou"),
     ("aAcc", "val/aacc"),
 )
+TIMINGS = ("epoch_seconds", "data_share", "images_per_second", "peak_memory_gib")  # logged, and of no two runs the same
 _BATCH_LINE_SECONDS = 60  # long epochs report that often
 _DATA_SHARE = 0.2  # of an epoch's training in which waiting for data is worth a warning,
 _DATA_SECONDS = 10  # unless it is short

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from visionattn.tasks.callbacks import TIMINGS
 from visionattn.tasks.stopping import parse_duration
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -233,8 +234,7 @@ def strategy(name: str, processes: int, timeout: Any = None) -> Any:
 
 def accept_own_figures() -> None:
     """Silence Lightning's advice to average over all processes what the first logs alone on purpose."""
-    timings = ("lr", "epoch_seconds", "data_share", "images_per_second", "peak_memory_gib")
-    names = (*timings, "val/threshold", "val/dice_at_half")
+    names = (*TIMINGS, "lr", "val/threshold", "val/dice_at_half")
     warnings.filterwarnings("ignore", rf"It is recommended to use `self\.log\('({'|'.join(names)})'")
 
 
