@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from visionattn.tasks.comparison import read_epochs
 from visionattn.tasks.config import write_text
 from visionattn.tasks.inference import save_figure
 
@@ -18,16 +19,6 @@ FIGURES = {
     "data_share": "waiting for data, % of training",
 }
 KEPT = ("epoch", "epoch_seconds", "lr", *FIGURES, "val/loss", "peak_memory_gib")
-
-
-def read_epochs(path: Path) -> list[dict[str, str]]:
-    """One row an epoch of a run's ``metrics.csv``, in which the figures of an epoch stand in several lines."""
-    epochs: dict[int, dict[str, str]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            epochs.setdefault(int(row["epoch"]), {}).update({k: v for k, v in row.items() if v and k in KEPT})
-    # the epoch in which a run was stopped has no end
-    return [row | {"epoch": str(n + 1)} for n, row in sorted(epochs.items()) if "epoch_seconds" in row]
 
 
 def read_runs(paths: list[Path]) -> dict[str, list[dict[str, str]]]:
@@ -44,7 +35,10 @@ def read_runs(paths: list[Path]) -> dict[str, list[dict[str, str]]]:
                 for row in csv.DictReader(file):
                     runs.setdefault(row.pop("run"), []).append(row)
         elif (log := path / "logs" / "metrics.csv").is_file():
-            runs[path.name] = read_epochs(log)
+            # the epoch in which a run was stopped has no end
+            rows = [row for row in read_epochs(log) if "epoch_seconds" in row]
+            kept = [{key: f"{row[key]:g}" for key in KEPT if key in row} for row in rows]
+            runs[path.name] = [row | {"epoch": str(n)} for n, row in enumerate(kept, 1)]
         else:
             raise FileNotFoundError(f"{path}: expected a run's folder with logs/metrics.csv, or a table of --table")
     if empty := [name for name, rows in runs.items() if not rows]:

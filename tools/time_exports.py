@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def measure(name: str, wanted: list[str], rounds: int, file: CsvFile) -> None:
         expected = found[0][1](images)
         close = {form: agreement(expected, run(images)) for form, run, _ in found[1:]}
         for batch in BATCHES:
-            calls = {form: lambda run=run, x=images[:batch]: run(x) for form, run, _ in found}  # type: ignore[misc]
+            calls = {form: partial(run, images[:batch]) for form, run, _ in found}
             seconds = times_in_turn(calls, rounds, "cpu", warm_ups=2)
             for form, _, size in found:
                 row: dict[str, Any] = dict(model=name, form=form, batch=batch, rounds=rounds, **origin("cpu"))

@@ -63,13 +63,18 @@ def train_timed(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]
     )
 
 
-def _curve(path: Path) -> dict[str, list[float]]:
-    """Columns of an epoch log: training loss, top-1, and seconds since the start."""
+def read_epochs(path: Path) -> list[dict[str, float]]:
+    """One row an epoch of a run's ``metrics.csv``, in which the figures of an epoch stand in several lines."""
     epochs: dict[int, dict[str, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             epochs.setdefault(int(row["epoch"]), {}).update({k: float(v) for k, v in row.items() if v})
-    rows = [epochs[number] for number in sorted(epochs)]
+    return [epochs[number] for number in sorted(epochs)]
+
+
+def _curve(path: Path) -> dict[str, list[float]]:
+    """Columns of an epoch log: training loss, top-1, and seconds since the start."""
+    rows = read_epochs(path)
     curve = {key: [row[key] for row in rows] for key in ("train/loss", "val/top1", "epoch_seconds")}
     passed = 0.0
     curve["seconds"] = [passed := passed + seconds for seconds in curve.pop("epoch_seconds")]

@@ -53,7 +53,7 @@ def _steps_done(trainer: Any) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
-class _WholeEpochs:
+class _WholeEpochs(Callback):
     """Leaves out the end of an epoch that ``max_steps`` cut short, which Lightning ends like any other.
 
     A checkpoint from there would go on with the next epoch, and there may be no score yet.
@@ -62,7 +62,7 @@ class _WholeEpochs:
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         if not _steps_done(trainer) or done >= trainer.num_training_batches:
-            super().on_train_epoch_end(trainer, module)  # type: ignore[misc]
+            super().on_train_epoch_end(trainer, module)
 
 
 class EpochCheckpoint(_WholeEpochs, ModelCheckpoint):
