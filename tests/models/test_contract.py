@@ -61,6 +61,8 @@ def _first_points(name):
     implied = {"graph.compile_fullgraph", "graph.export_static"} | IMPLIED.get(name, set())
     if name == "test_patnet":
         implied.remove("graph.export_static")  # also saves and loads a program
+    if importlib.util.find_spec("timm.models._input") is None:
+        implied.add("weights.hub_folder_round_trip")  # timm 1.0.29 loses in_chans; test_hub.py says it for it
     return [point for point, _ in tool.POINTS if point not in implied]
 
 

@@ -38,8 +38,12 @@ def same_outputs(first, second, channels, size=64):
 )
 def test_timm_round_trip_through_a_folder(name, kwargs, tmp_path):
     model = timm.create_model(name, **kwargs)
-    args = {key: value for key, value in kwargs.items() if key == "in_chans"}  # older timm does not record it
-    save_for_hf(model, tmp_path, safe_serialization=True, model_args=args)
+    described = {}
+    if "in_chans" in kwargs:  # timm 1.0.29 records neither
+        size = (kwargs["in_chans"], *model.pretrained_cfg["input_size"][1:])
+        args = dict(in_chans=kwargs["in_chans"])
+        described = dict(model_args=args, model_config=dict(pretrained_cfg=dict(input_size=size)))
+    save_for_hf(model, tmp_path, safe_serialization=True, **described)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert again.num_classes == model.num_classes
     assert same_outputs(model, again, kwargs.get("in_chans", 3))
@@ -56,7 +60,7 @@ def test_run_becomes_a_folder_that_timm_loads(tmp_path, capsys):
     assert same_outputs(from_run(run).model, model, 1)
     assert model.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
     data = timm.data.resolve_model_data_config(model)
-    assert data["input_size"] == (1, 48, 48) and [*data["mean"], *data["std"]] == [0.4, 0.3]
+    assert tuple(data["input_size"]) == (1, 48, 48) and [*data["mean"], *data["std"]] == [0.4, 0.3]
     text = (folder / "README.md").read_text()
     assert "license: cc0-1.0" in text and "top-1 62.50 % (validation split, last epoch)" in text
     assert "validation loss 0.9000" in text and "arXiv:2303.08810" in text and "Published" not in text
