@@ -1,18 +1,22 @@
 """Runs that end inside an epoch and go on with the next batch, equal to the last bit."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_same
 
 from visionattn.cli import main
+from visionattn.tasks import stopping
 from visionattn.tasks.callbacks import TIMINGS
-from visionattn.tasks.stopping import LastCheckpoint, parse_interval, parse_steps
+from visionattn.tasks.stopping import LastCheckpoint, parse_interval, parse_limit, parse_steps
 
 # five batches in groups of two: the last group of an epoch is an incomplete one
 ARGUMENTS = [
@@ -92,6 +96,19 @@ def test_run_with_more_steps_goes_on_where_the_former_limit_was(tmp_path, whole)
     assert_same_run(whole, tmp_path / "x")
 
 
+def test_run_goes_on_where_its_time_was_over(tmp_path, whole, monkeypatch):
+    place = [f"output_dir={tmp_path}", "name=x", "data.workers=0"]
+    clock = itertools.count()  # each look takes a second
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        main([*ARGUMENTS, *place, "+trainer.max_time=2s"])
+    last = content(tmp_path / "x")
+    assert 0 < last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] < 5
+    assert not (tmp_path / "x" / "checkpoints" / "best.ckpt").exists()
+    main([*ARGUMENTS, *place, "ckpt_path=last"])
+    assert_same_run(whole, tmp_path / "x")
+
+
 def test_checkpoints_between_change_nothing_and_other_batches_are_refused(tmp_path, whole, monkeypatch):
     place = [f"output_dir={tmp_path}", "name=x", "data.workers=0"]
     main([*ARGUMENTS, *place, "checkpoint_every=1"])
@@ -138,6 +155,13 @@ def test_intervals(value, expected):
 def test_other_intervals_are_named(value):
     with pytest.raises(ValueError, match="checkpoint_every="):
         parse_interval(value)
+
+
+def test_limits_of_time():
+    assert [parse_limit(value) for value in (None, "2h", "01:00:00:05")] == [math.inf, 7200, 86405]
+    for value in (0, "soon", "00:00:00:00", "1:2", {"hours": 1}):
+        with pytest.raises(ValueError, match="trainer.max_time="):
+            parse_limit(value)
 
 
 def test_limits_of_steps():

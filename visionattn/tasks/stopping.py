@@ -1,5 +1,6 @@
 """The last checkpoint inside an epoch: every some steps or minutes, and where a signal or a limit ends the run."""
 
+import math
 import re
 import signal
 import time
@@ -49,6 +50,21 @@ def parse_steps(value: Any) -> int:
     return value
 
 
+def parse_limit(value: Any) -> float:
+    """Seconds of ``trainer.max_time``: ``"90s"``, ``"2h"``, or Lightning's ``"DD:HH:MM:SS"``; infinite for null.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if value is None:
+        return math.inf
+    parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", str(value))
+    days, hours, minutes, seconds = map(int, parts.groups()) if parts else (0, 0, 0, parse_duration(value) or 0)
+    if limit := ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
+        return limit
+    raise ValueError(f"trainer.max_time={value} must be like 90s, 30m, 2h or 01:12:00:00 (days first), or null")
+
+
 def _steps_done(trainer: Any) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
@@ -80,9 +96,9 @@ class LastCheckpoint(Callback):
     where a validation follows, which the resumed run would leave out, and not behind the last batch of an epoch, which
     ends with a checkpoint of its own. What is due there is written after the next step.
 
-    Where ``max_steps`` ends the run inside an epoch it is written too, so that a run with more steps goes on there.
-    Lightning counts the steps, but must not know of them before a checkpoint is loaded: it would take the end of an
-    epoch for the middle of one.
+    Where ``max_steps`` or ``max_time`` ends the run inside an epoch it is written too, so that a later run goes on
+    there. Lightning counts the steps, but must not know of them before a checkpoint is loaded: it would take the end
+    of an epoch for the middle of one.
 
     SIGTERM, SIGINT and SIGUSR1 write it too and end the run with the exit code 128 + the signal's number (SIGUSR1: that
     of SIGTERM); all processes stop at one step, whichever of them was told. A second signal ends the run at once.
@@ -91,15 +107,16 @@ class LastCheckpoint(Callback):
         folder: The run's folder.
         every: See ``parse_interval``.
         max_steps: See ``parse_steps``.
+        max_time: See ``parse_limit``; counted from the start of this process' training.
 
     Raises:
-        ValueError: Another ``every`` or ``max_steps``.
+        ValueError: Another ``every``, ``max_steps`` or ``max_time``.
     """
 
-    def __init__(self, folder: Path, every: Any = None, max_steps: Any = None):
+    def __init__(self, folder: Path, every: Any = None, max_steps: Any = None, max_time: Any = None):
         self.folder, self.path = folder, folder / "checkpoints" / "last.ckpt"
         self.steps, self.seconds = parse_interval(every)
-        self.max_steps = parse_steps(max_steps)
+        self.max_steps, self.max_time, self.max_seconds = parse_steps(max_steps), max_time, parse_limit(max_time)
         self.signal = 0
         self.former: dict[int, Any] = {}
 
@@ -107,6 +124,7 @@ class LastCheckpoint(Callback):
         """Start the clock, limit the steps, and take the signals."""
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         self.step, self.time = trainer.global_step, time.monotonic()
+        self.deadline = self.time + self.max_seconds
         try:
             # behind Lightning's own handlers, which end the process at once or at the end of the epoch
             self.former = {number: signal.signal(number, self._note) for number in _SIGNALS}
@@ -122,16 +140,17 @@ class LastCheckpoint(Callback):
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.former = {}
 
-    def _agree(self, trainer: Any) -> tuple[int, bool]:
-        """The signal that any process got, and whether any one's clock says that a checkpoint is due."""
-        late = self.seconds is not None and time.monotonic() - self.time >= self.seconds
+    def _agree(self, trainer: Any) -> tuple[int, bool, bool]:
+        """The signal that any process got, and whether any one's clock says that a checkpoint is due, or the end."""
+        now = time.monotonic()
+        late, over = self.seconds is not None and now - self.time >= self.seconds, now >= self.deadline
         if trainer.world_size == 1:
-            return self.signal, late
+            return self.signal, late, over
         # processes that disagree would wait for each other for ever
-        told = torch.tensor([self.signal, int(late)], device=trainer.strategy.root_device)
+        told = torch.tensor([self.signal, int(late), int(over)], device=trainer.strategy.root_device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        number, due = told.tolist()
-        return number, bool(due)
+        number, due, end = told.tolist()
+        return number, bool(due), bool(end)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if something asks for it and the run could go on from here."""
@@ -140,7 +159,10 @@ class LastCheckpoint(Callback):
         validated = isinstance(interval, int) and done % interval == 0 and not ends  # then this run still validates
         if last or validated or done % trainer.accumulate_grad_batches:
             return
-        number, late = self._agree(trainer)
+        number, late, over = self._agree(trainer)
+        if over and not ends:
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+            ends = True
         due = self.steps is not None and trainer.global_step - self.step >= self.steps
         if not (number or late or due or ends):
             return
@@ -152,9 +174,8 @@ class LastCheckpoint(Callback):
             rank_zero_info(f"{name}: {saved}; the same command with ckpt_path=last goes on from there")
             raise SystemExit(128 + number)
         if ends:
-            rank_zero_info(
-                f"trainer.max_steps={trainer.max_steps}: {saved}; ckpt_path=last with more steps goes on from there"
-            )
+            limit = f"max_time={self.max_time}" if over else f"max_steps={trainer.max_steps}"
+            rank_zero_info(f"trainer.{limit}: {saved}; ckpt_path=last with a later limit goes on from there")
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Give the signals back."""

@@ -100,7 +100,7 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
         EpochCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
         SkippedImages(folder),
         EpochLines(),
-        LastCheckpoint(folder, config.checkpoint_every, group.pop("max_steps", None)),
+        LastCheckpoint(folder, config.checkpoint_every, group.pop("max_steps", None), group.pop("max_time", None)),
     ]
     if config.patience is not None:
         if config.patience < 1:
