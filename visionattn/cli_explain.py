@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+_LARGE = 1024  # pixels of a side from which a whole picture at its own size is refused
+
 
 def add(commands: Any) -> None:
     """Add the command to the subparsers of ``visionattn``."""
@@ -12,11 +14,11 @@ def add(commands: Any) -> None:
         "explain",
         help="show what a model looks at: attention, routed regions, gates, Grad-CAM, receptive fields",
         description="visionattn explain cat.png --model biformer_s --position 120 80 --output explained; or with --run "
-        "outputs/digits for a classifier trained here. Writes a PNG and an .npz file per method.",
+        "outputs/digits for a classifier or a segmentation trained here. Writes a PNG and an .npz file per method.",
     )
     add = command.add_argument
     add("image", metavar="IMAGE")
-    add("--run", dest="run_folder", help="folder of a classification run, or a .ckpt file")
+    add("--run", dest="run_folder", help="folder of a run of classification or segmentation, or a .ckpt file")
     add("--model", help="a model of this package or of timm with pretrained weights")
     add("--checkpoint", help="weights for --model, .pth or .safetensors")
     add("--untrained", action="store_true", help="with --model: random weights, to look at the architecture")
@@ -53,40 +55,100 @@ def _methods() -> Sequence[str]:
 
 def explain_command(args: argparse.Namespace) -> None:
     """Load model and image, and write the explanations."""
-    from visionattn.data.images import read_image
-    from visionattn.explain.report import Subject, check_methods, explain
+    from visionattn.explain.report import explain
 
-    classifier = _classifier(args)
-    methods = check_methods(classifier.model, args.methods.split(",") if args.methods else None)
-    original = read_image(args.image, classifier.in_chans, exif=True)
-    size = _size(args.size)
-    image, picture, position = prepare(original, classifier.data_config, size, args.position)
-    target = _target(args.target, classifier.classes) if args.target is not None else None
+    name, subject, methods = _masks(args) if _kind(args) == "segmentation" else _classes(args)
 
     def report(line: str) -> None:
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
-    report(f"{classifier.name}: image {image.shape[3]} x {image.shape[2]}, position {position[0]}, {position[1]} in it")
-    subject = Subject(classifier.model, image, picture, position, classifier.classes, target, args.samples)
+    height, width = subject.image.shape[2:]
+    report(f"{name}: image {width} x {height}, position {subject.position[0]}, {subject.position[1]} in it")
     for path in explain(subject, args.output, methods, report):
         sys.stdout.write(f"{path}\n")
 
 
-def _classifier(args: argparse.Namespace) -> Any:
+def _kind(args: argparse.Namespace) -> str:
     if (args.run_folder is None) == (args.model is None):
         raise ValueError("give either --run FOLDER or --model NAME")
     if args.run_folder and (args.checkpoint or args.untrained):
         raise ValueError("--checkpoint and --untrained go with --model; a run has its own weights")
     if args.checkpoint and args.untrained:
         raise ValueError("give either --checkpoint FILE or --untrained")
-    from visionattn.tasks.inference import Classifier, load_model, load_run
+    if args.model:
+        return "classification"
     from visionattn.tasks.kinds import kind_of
 
+    kind = kind_of(args.run_folder)
+    if kind not in ("classification", "segmentation"):
+        raise ValueError(f"{args.run_folder} is a {kind} run; explain takes classification or segmentation, or --model")
+    return kind
+
+
+def _wanted(args: argparse.Namespace, model: Any) -> list[str]:
+    from visionattn.explain.report import check_methods
+
+    return check_methods(model, args.methods.split(",") if args.methods else None)
+
+
+def _classes(args: argparse.Namespace) -> tuple[str, Any, list[str]]:
+    """Name, subject and methods of a classifier."""
+    from visionattn.data.images import read_image
+    from visionattn.explain.report import Subject
+
+    classifier = _classifier(args)
+    methods = _wanted(args, classifier.model)
+    original = read_image(args.image, classifier.in_chans, exif=True)
+    image, picture, position = prepare(original, classifier.data_config, _size(args.size), args.position)
+    target = _target(args.target, classifier.classes) if args.target is not None else None
+    subject = Subject(classifier.model, image, picture, position, classifier.classes, target, args.samples)
+    return classifier.name, subject, methods
+
+
+def _masks(args: argparse.Namespace) -> tuple[str, Any, list[str]]:
+    """Name, subject and methods of a network for masks; the picture as its evaluation sees it, in one piece."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch.nn import functional as F
+
+    from visionattn.data.masks import read_pixels
+    from visionattn.data.segmentation import Sample
+    from visionattn.data.segmentation_transforms import SegmentationTransform, to_unit
+    from visionattn.explain.grid import check_position
+    from visionattn.explain.report import Subject
+    from visionattn.tasks.segmentation_inference import load_masker
+
+    if args.target is not None:
+        raise ValueError("--target is for the Grad-CAM of classifiers; a network for masks shows no class")
+    masker = load_masker(args.run_folder)
+    model = masker.model.cpu()
+    methods = _wanted(args, model)
+    pixels, size = read_pixels(args.image, masker.in_chans), _size(args.size)
+    height, width = pixels.shape[:2]
+    x, y = check_position(args.position or (width // 2, height // 2), height, width)
+    transform = SegmentationTransform(**masker.transform, train=False)
+    image = transform(Sample(pixels, None, args.image))["image"][None]
+    if size is not None:
+        image = F.interpolate(image, size, mode="bicubic", antialias=True)
+    elif not transform.resizes and max(height, width) > _LARGE:
+        raise ValueError(
+            f"{args.image} is {width} x {height}; give --size, for example --size {_LARGE}, or a part of it"
+        )
+    rows, columns = image.shape[2:]
+    shown = np.asarray(
+        torch.broadcast_to(to_unit(pixels, masker.transform.get("intensity", "range")), (3, height, width))
+    )
+    picture = Image.fromarray((shown.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)).resize((columns, rows))
+    position = (x * columns // width, y * rows // height)
+    return masker.name, Subject(model, image, picture, position), methods
+
+
+def _classifier(args: argparse.Namespace) -> Any:
+    from visionattn.tasks.inference import Classifier, load_model, load_run
+
     if args.run_folder:
-        kind = kind_of(args.run_folder)
-        if kind != "classification":
-            raise ValueError(f"{args.run_folder} is a {kind} run; explain takes classification runs, or --model")
         return load_run(args.run_folder)
     if not args.untrained:
         return load_model(args.model, args.checkpoint)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from untrained_runs import segmentation_run
 
 import visionattn
 from visionattn.cli import main
@@ -97,6 +98,32 @@ def test_command_explains_weights_of_a_file(photo, tmp_path):
     main(["explain", str(photo), *weights, "--methods", "gradcam", "--target", "7", "--output", str(tmp_path / "out")])
     with np.load(tmp_path / "out" / "gradcam.npz") as arrays:
         assert arrays["target"] == 7
+
+
+def test_network_for_masks_is_explained_at_the_sizes_of_its_evaluation(photo, tmp_path, capsys):
+    unet = dict(_target_="visionattn.heads.segmenter.Segmenter", decoder="unet")
+    run = segmentation_run(tmp_path / "run", **unet, backbone="test_biformer")
+    command = ["explain", str(photo), "--run", str(run), "--position", "69", "10", "--output", str(tmp_path / "out")]
+    for size, shape in ([], (50, 70)), (["--size", "96", "128"], (96, 128)):
+        main([*command, *size])
+        x, y = 69 * shape[1] // 70, 10 * shape[0] // 50
+        assert f"image {shape[1]} x {shape[0]}, position {x}, {y} in it" in capsys.readouterr().err
+        assert json.loads((tmp_path / "out" / "summary.json").read_text())["methods"] == [
+            "routing", "attention", "distance",
+        ]  # fmt: skip
+        with np.load(tmp_path / "out" / "routing.npz") as arrays:
+            masks = [arrays[name] for name in arrays.files if name.endswith(".mask")]
+        assert len(masks) == 4 and all(mask.shape == shape and mask.sum() > 0.5 for mask in masks)
+    with pytest.raises(SystemExit, match="--target is for the Grad-CAM of classifiers"):
+        main([*command, "--target", "nucleus"])
+    with pytest.raises(SystemExit, match=r"has no 'gradcam'; it has routing, attention, distance"):
+        main([*command, "--methods", "gradcam"])
+    Image.new("L", (1030, 20)).save(photo)
+    with pytest.raises(SystemExit, match=r"is 1030 x 20; give --size, for example --size 1024"):
+        main(command)
+    run = segmentation_run(tmp_path / "other", **unet, backbone="test_resnet")
+    with pytest.raises(SystemExit, match="holds nothing that can be shown"):
+        main(["explain", str(photo), "--run", str(run)])
 
 
 @pytest.mark.parametrize(

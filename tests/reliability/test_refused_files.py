@@ -135,7 +135,7 @@ def combinations():
                     yield pytest.param(place, writer, way, suffix, marks=[] if chosen else pytest.mark.thorough)
 
 
-@pytest.mark.parametrize(("place", "writer", "way", "suffix"), combinations())
+@pytest.mark.parametrize(("place", "writer", "way", "suffix"), list(combinations()))
 def test_program_in_a_pickle_does_not_run(places, weights, tmp_path, place, writer, way, suffix):
     marker, path = tmp_path / "ran", tmp_path / f"evil{suffix}"
     path.write_bytes(WRITERS[writer](dict(in_run(weights, [{"deep": WAYS[way](marker)}]), model=weights)))

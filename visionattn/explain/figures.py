@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,11 @@ class Panel:
     picture: Any
     boxes: Sequence[tuple[Box, str]] = field(default_factory=list)
     marked: bool = True
+
+
+def inside(layer: str) -> str:
+    """The name of a layer without the path to the backbone that holds its stage."""
+    return layer[found.start() :] if (found := re.search(r"\bstages[._]\d", layer)) else layer
 
 
 def panels(
@@ -152,7 +158,7 @@ def distances_figure(distances: Sequence[AttentionDistance], caption: str) -> An
         axes.plot([], [], "o", color=f"C{stage % 10}", label=f"heads of stage {stage}" if stage else "heads")
     axes.set_ylim(0, 1.08 * max(max(found.uniform, found.pixels.max().item()) for found in distances))
     axes.set_xlim(-0.6, len(distances) - 0.4)
-    axes.set_xticks(range(len(distances)), labels=[found.layer for found in distances], rotation=90, fontsize=7)
+    axes.set_xticks(range(len(distances)), labels=[inside(found.layer) for found in distances], rotation=90, fontsize=7)
     axes.set_ylabel("mean attention distance (pixels)", fontsize=9)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
@@ -167,7 +173,7 @@ def curves_figure(curves: Sequence[tuple[str, Any]], caption: str) -> Any:
     colors = need("matplotlib", "matplotlib").colormaps["viridis"]
     for i, (name, values) in enumerate(curves):
         share = np.linspace(0, 100, len(values))
-        axes.plot(share, np.sort(values), color=colors(i / max(len(curves) - 1, 1)), label=name)
+        axes.plot(share, np.sort(values), color=colors(i / max(len(curves) - 1, 1)), label=inside(name))
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("channels of the layer, from the most closed to the most open (%)", fontsize=9)
     axes.set_ylabel("gate", fontsize=9)

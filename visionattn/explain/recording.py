@@ -189,12 +189,13 @@ class Recording:
 
 
 def stage_stride(model: nn.Module, stage: int) -> int:
-    """Pixels of the image per pixel of a stage's map, as the model's ``feature_info`` says; 0 if it does not."""
-    info = getattr(model, "feature_info", None)
-    rows = getattr(info, "info", info)
-    if stage < 1 or not rows or len(rows) < stage:
-        return 0
-    return int(rows[stage - 1]["reduction"])
+    """Pixels of the image per pixel of a stage's map by ``feature_info`` of it or its backbone; 0 without one."""
+    for module in model.modules():
+        info = getattr(module, "feature_info", None)
+        rows = getattr(info, "info", info)
+        if rows and 1 <= stage <= len(rows):
+            return int(rows[stage - 1]["reduction"])
+    return 0
 
 
 @contextmanager

@@ -74,8 +74,8 @@ def _original(subject: Subject) -> Panel:
 
 
 def _where(layer: str, stage: int) -> str:
-    """A title of two lines: stage and module."""
-    return (f"stage {stage}\n" if stage else "") + layer
+    """A title of two lines: stage, and module inside its backbone."""
+    return (f"stage {stage}\n" if stage else "") + figures.inside(layer)
 
 
 def _routing(subject: Subject) -> Found:
@@ -100,7 +100,7 @@ def _maps(subject: Subject, layers: Sequence[Attention], what: str, parts: str) 
     for layer in layers:
         cell = subject.recording.grid(layer.stage, layer.size).cell(*subject.position, layer.size)
         weights = layer.at(*cell)[0]  # [heads, H, W]
-        title = f"stage {layer.stage}, {layer.kind}\n{layer.layer}"
+        title = f"stage {layer.stage}, {layer.kind}\n{figures.inside(layer.layer)}"
         items.append(Panel(title, subject.on_picture(layer.stage, weights.abs().mean(0))))
         found[layer.name] = _array(weights)
     return figures.panels(items, what, subject.position, f"weight (mean of the {parts})", {}), found
@@ -140,7 +140,7 @@ def _gates(subject: Subject) -> Found:
     for gate in subject.recording.gates():
         if gate.map is not None:
             low, high = gate.map[0].min(), gate.map[0].max()
-            title = f"stage {gate.stage}, {low:.3g} to {high:.3g}\n{gate.layer}"
+            title = f"stage {gate.stage}, {low:.3g} to {high:.3g}\n{figures.inside(gate.layer)}"
             items.append(Panel(title, subject.on_picture(gate.stage, gate.map[0] - low), marked=False))
             found[gate.layer] = _array(gate.values[0])
     caption = (
@@ -259,10 +259,12 @@ def check_methods(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """The wanted methods, or all that a model has.
 
     Raises:
-        ValueError: An unknown name, or a method that the model has not.
+        ValueError: An unknown name, a method that the model has not, or a model that has none.
     """
     offered = available_methods(model)
     if wanted is None:
+        if not offered:
+            raise ValueError(f"{type(model).__name__} holds nothing that can be shown, such as attention or gates")
         return offered
     for name in wanted:
         if name not in METHODS:
