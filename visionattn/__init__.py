@@ -6,9 +6,12 @@
 
 import difflib
 import fnmatch
+import pickle
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from visionattn import models as _models  # registers the backbones  # noqa: F401
@@ -44,9 +47,24 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: timm knows no such model.
+        ValueError: timm knows no such model or weights, or the weights are of another model or hold more than tensors.
+        FileNotFoundError: ``pretrained_cfg_overlay=dict(file=...)`` names no file.
     """
+    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
+    if file and not Path(file).is_file():
+        raise FileNotFoundError(f"no weights at {file}")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3) or list_models()[:3]
         raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}? All: visionattn list")
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        if "weights_only" in str(error):
+            raise ValueError(f"{file or name} holds more than tensors and is refused; save tensors alone") from error
+        # timm's own: no published weights, an unknown tag, weights of another model
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name}: {reason}; timm.list_pretrained({name.split('.')[0]!r}) names what there is"
+        ) from error

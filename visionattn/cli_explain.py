@@ -102,6 +102,8 @@ def _classes(args: argparse.Namespace) -> tuple[str, Any, list[str]]:
     original = read_image(args.image, classifier.in_chans, exif=True)
     image, picture, position = prepare(original, classifier.data_config, _size(args.size), args.position)
     target = _target(args.target, classifier.classes) if args.target is not None else None
+    if args.size is not None:
+        _check_size(classifier, image)
     subject = Subject(classifier.model, image, picture, position, classifier.classes, target, args.samples)
     return classifier.name, subject, methods
 
@@ -160,6 +162,21 @@ def _classifier(args: argparse.Namespace) -> Any:
     names = [str(i) for i in range(model.num_classes)]
     config = resolve_model_data_config(model)
     return Classifier(args.model, model, names, config["input_size"][0], config, None)
+
+
+def _check_size(classifier: Any, image: Any) -> None:
+    """Timm's models refuse a size by errors of several types."""
+    import torch
+
+    height, width = image.shape[2:]
+    try:
+        with torch.no_grad():
+            classifier.model(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{classifier.name} takes no image of {height} x {width}: {reason}; leave out --size"
+        ) from error
 
 
 def _size(values: list[int] | None) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 import visionattn
 from visionattn.explain import attention_distances, grad_cam, receptive_fields, record
+from visionattn.heads.medusa import Medusa
 
 SMALL = [name for name in visionattn.list_models("test_*") if name != "test_ninformer"]
 # tokens, maps with the channels last, ordinary maps
@@ -47,6 +48,11 @@ def test_class_activation_is_where_the_class_is():
     assert red.heat.shape == (32, 48) and red.heat[:4, :4].min() > 0.9 and red.heat[16:].max() < 0.05
     assert green.heat[28:, 44:].min() > 0.9 and green.heat[:16].max() < 0.05
     assert red.layer == "stage" and red.probability == pytest.approx(0.5)
+
+
+def test_network_around_a_backbone_has_the_last_map_of_the_backbone():
+    model = Medusa("test_biformer", num_classes=3).eval()
+    assert grad_cam(model, torch.randn(1, 3, 64, 64)).layer == "backbone.stages.3"
 
 
 OWN = ("test_biformer", "test_overlock")  # the others are maps of the last stage like BiFormer's

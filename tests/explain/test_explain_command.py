@@ -139,6 +139,11 @@ def test_network_for_masks_is_explained_at_the_sizes_of_its_evaluation(photo, tm
         (["--model", "test_biformers"], "unknown model 'test_biformers'; did you mean test_biformer"),
         (["--model", "test_biformer", "--checkpoint", "x.pth"], "either --checkpoint FILE or --untrained"),
         (["--run", "here"], "--checkpoint and --untrained go with --model"),
+        (
+            ["--model", "vit_tiny_patch16_224", "--methods", "gradcam", "--size", "64", "96"],
+            r"takes no image of 64 x 96: .*; leave out",
+        ),
+        (["--model", "test_biformer.none"], r"Invalid pretrained tag"),
         ([], "either --run FOLDER or --model NAME"),
     ],
 )

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import visionattn
 from visionattn.models.biformer import checkpoint_filter_fn
 
 NAME = "test_biformer"
@@ -157,6 +158,28 @@ def test_page_instead_of_weights_is_named(server, tmp_path):
 def test_model_without_weights_says_so():
     with pytest.raises(RuntimeError, match=r"[Nn]o pretrained weights"):
         timm.create_model(NAME, pretrained=True)
+
+
+def test_what_timm_refuses_of_its_own_models_is_a_value_error(tmp_path, monkeypatch):
+    """Through ``visionattn.create_model``, which the commands use."""
+
+    def create(name="test_resnet", **overlay):
+        return visionattn.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+
+    with pytest.raises(ValueError, match=r"^test_nat: No pretrained weights exist .*list_pretrained\('test_nat'\)"):
+        visionattn.create_model("test_nat", pretrained=True)
+    with pytest.raises(ValueError, match=r"^test_resnet.none: Invalid pretrained tag"):
+        create("test_resnet.none")
+    with pytest.raises(FileNotFoundError, match=r"no weights at nowhere\.pth"):
+        create(file="nowhere.pth")
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"^test_resnet: Error\(s\) in loading state_dict"):
+        create(file=str(tmp_path / "other.pth"))
+    monkeypatch.delenv("VISIONATTN_TEST_MALICIOUS", raising=False)
+    torch.save({"model": Malicious()}, tmp_path / "malicious.pth")
+    with pytest.raises(ValueError, match=r"malicious\.pth holds more than tensors and is refused"):
+        create(file=str(tmp_path / "malicious.pth"))
+    assert "VISIONATTN_TEST_MALICIOUS" not in os.environ
 
 
 # files

@@ -77,9 +77,12 @@ def _layer(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
         return name, modules[name]
     info = getattr(model, "feature_info", None)
     rows = getattr(info, "info", info)
-    if not rows or rows[-1].get("module") not in modules:
+    last = rows[-1].get("module") if rows else None
+    # a network around a backbone may pass on its information, which names modules inside the backbone
+    found = [key for key in modules if last and (key == last or key.endswith(f".{last}"))]
+    if not found:
         raise ValueError(f"{type(model).__name__} does not say what its last map is; name a module with layer=")
-    name = rows[-1]["module"]
+    name = min(found, key=len)
     if isinstance(modules[name], FocusStage):
         name += ".focus"  # the stage gives a list of maps
     # behind the last attention only the class token has a gradient
