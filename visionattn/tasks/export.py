@@ -90,8 +90,10 @@ def from_name(name: str, checkpoint: str | None = None, random_weights: bool = F
         return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None, "random")
     try:
         loaded = load_model(name, checkpoint)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: {error}; give --checkpoint FILE, or --random-weights to try the format") from error
+    except ValueError as error:
+        if "No pretrained weights" not in str(error):
+            raise
+        raise ValueError(f"{error}; give --checkpoint FILE, or --random-weights to try the format") from error
     return _classifier(
         loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint, "file" if checkpoint else "published"
     )
