@@ -52,7 +52,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
     if file and not Path(file).is_file():
-        raise FileNotFoundError(f"no weights at {file}")
+        raise FileNotFoundError(f"no checkpoint at {file}")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3) or list_models()[:3]
         raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}? All: visionattn list")

@@ -170,7 +170,7 @@ def test_what_timm_refuses_of_its_own_models_is_a_value_error(tmp_path, monkeypa
         visionattn.create_model("test_nat", pretrained=True)
     with pytest.raises(ValueError, match=r"^test_resnet.none: Invalid pretrained tag"):
         create("test_resnet.none")
-    with pytest.raises(FileNotFoundError, match=r"no weights at nowhere\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere\.pth"):
         create(file="nowhere.pth")
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"^test_resnet: Error\(s\) in loading state_dict"):

@@ -119,7 +119,7 @@ def _classifier(text: str, mode: str, settings: Settings) -> tuple[nn.Module, tu
     name = text.removesuffix(FOLDED)
     if text != name and mode == "training":
         raise ValueError(f"{text} is a form for inference; leave out {FOLDED} for training")
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = timm.get_pretrained_cfg(name.split(".")[0])  # an unknown tag is named below
     kwargs = dict(settings.model_kwargs)
     if settings.size and cfg is not None and cfg.fixed_input_size:
         kwargs["img_size"] = settings.size
