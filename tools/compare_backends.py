@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from visionattn import create_model
+from visionattn._figures import save_figure
 from visionattn.data.datasets import EmbeddedDigits
 from visionattn.data.randomness import seed_all
 from visionattn.ops import use_backend
 from visionattn.tasks.config import write_text
-from visionattn.tasks.inference import save_figure
 
 WARMUP = 20  # steps to the full learning rate
 LAST = 50  # steps whose losses are averaged at the end

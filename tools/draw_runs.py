@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from visionattn._figures import save_figure
 from visionattn.tasks.comparison import read_epochs
 from visionattn.tasks.config import write_text
-from visionattn.tasks.inference import save_figure
 
 # columns of a joined table, and what the axes call them
 FIGURES = {

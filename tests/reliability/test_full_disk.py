@@ -13,9 +13,9 @@ import pytest
 import torch
 from processes import FORKS, PATIENCE, make_pictures, start, training
 
+from visionattn._writing import SavingError, remove_stale, replaced
 from visionattn.cli import main
 from visionattn.tasks.config import write_text
-from visionattn.tasks.files import SavingError, remove_stale, replaced
 from visionattn.tasks.saving import DurableCheckpointIO
 
 OLD, NEW = {"x": torch.zeros(10)}, {"x": torch.zeros(100_000)}  # 400 kB do not fit where there is room for 100

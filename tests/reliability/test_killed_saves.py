@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import FORKS, PATIENCE
 
-from visionattn.tasks.files import remove_stale
+from visionattn._writing import remove_stale
 from visionattn.tasks.saving import DurableCheckpointIO
 
 NUMBERS = 2_500_000  # float32: a checkpoint of 10 MB

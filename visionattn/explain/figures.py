@@ -1,7 +1,6 @@
 """Figures for people: the picture beside what was found in it, with a legend that says what is shown."""
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from visionattn._writing import replaced
 from visionattn.explain._need import need
 from visionattn.explain.distance import AttentionDistance
 from visionattn.explain.grid import Box
@@ -204,23 +203,11 @@ def matrices_figure(matrices: Sequence[tuple[str, Any]], caption: str) -> Any:
     return figure
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG under a temporary name and rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
-
-
 def save_arrays(arrays: dict[str, Any], path: Path) -> None:
-    """Write arrays as a compressed .npz file under a temporary name and rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
+    """Write arrays as a compressed .npz file under a temporary name and rename it.
+
+    Raises:
+        SavingError: The file cannot be written.
+    """
+    with replaced(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **{name: np.asarray(value) for name, value in arrays.items()})
-    temporary.replace(path)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG under a temporary name and rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    picture.save(temporary, format="png")
-    temporary.replace(path)

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from visionattn._figures import save_figure
+from visionattn._writing import replaced
 from visionattn.explain import figures
 from visionattn.explain._need import frozen
 from visionattn.explain.attention import Attention
@@ -296,6 +297,7 @@ def explain(
         ValueError: Methods that are unknown or that the model has not, a position outside the image, or an image of
             another shape.
         ImportError: A library of the extra ``explain`` is missing.
+        SavingError: A file cannot be written.
     """
     if subject.image.dim() != 4 or len(subject.image) != 1:
         raise ValueError(f"one image [1, C, H, W] is explained at a time, got shape {list(subject.image.shape)}")
@@ -303,13 +305,12 @@ def explain(
         raise ValueError(f"samples={subject.samples}: expected at least 1 random image")
     check_position(subject.position, *subject.image.shape[2:])
     names, folder, files = check_methods(subject.model, methods), Path(output), []
-    folder.mkdir(parents=True, exist_ok=True)
     with frozen(subject.model):
         for i, name in enumerate(names):
             report(f"{name} ({i + 1} of {len(names)})")
             figure, arrays = METHODS[name](subject)
             files += [folder / f"{name}.png", folder / f"{name}.npz"]
-            figures.save_figure(figure, files[-2])
+            save_figure(figure, files[-2])
             figures.save_arrays(arrays, files[-1])
     files.append(folder / "summary.json")
     summary = dict(
@@ -318,7 +319,6 @@ def explain(
         position=list(subject.position),
         methods=names,
     )
-    temporary = files[-1].with_name(f"{files[-1].name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(files[-1])
+    with replaced(files[-1]) as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return files

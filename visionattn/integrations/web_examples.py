@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visionattn.tasks.segmentation_inference import save_image
+from visionattn._figures import save_picture
 
 _PHOTOS = {"skimage": ("data", ("chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg"))}
 _MISSING = (ImportError, FileNotFoundError, ValueError)
@@ -26,7 +26,7 @@ def example_pictures(folder: str | Path) -> list[Path]:
     for name, picture in (("nuclei", _nuclei), ("scene", _scene), ("digit", _digit), ("trees", _trees)):
         try:
             path = Path(folder, f"{name}.png")
-            save_image(picture(), path)
+            save_picture(picture(), path)
             found.append(path)
         except _MISSING:  # the package is not installed, or another version
             continue

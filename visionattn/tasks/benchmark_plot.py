@@ -1,8 +1,9 @@
 """A picture of timed models: throughput, and the percentiles of the time of a batch."""
 
-import os
 from pathlib import Path
 from typing import Any
+
+from visionattn._writing import replaced
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -49,7 +50,5 @@ def plot_models(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     latency.set_xlim(left=0)
     latency.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium", wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=120)

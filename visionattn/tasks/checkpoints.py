@@ -13,8 +13,8 @@ from timm.models import load_state_dict
 import visionattn
 from visionattn import _files
 from visionattn._files import sha256
+from visionattn._writing import replaced
 from visionattn.tasks.config import write_text
-from visionattn.tasks.files import replaced
 
 COLUMNS = ("name", "file", "sha256", "bytes", "parameters", "source_file", "source_sha256", "source_url", "license")
 

@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import visionattn
-from visionattn.tasks.files import replaced
+from visionattn._writing import replaced
 
 
 def config_folder() -> Path:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from visionattn._figures import save_figure
 from visionattn.data.datasets import EmbeddedDigits
 from visionattn.tasks.comparison import PEER, baselines, table, train_peer, train_timed
 from visionattn.tasks.config import write_text
-from visionattn.tasks.inference import Classifier, draw, load_run, predict, save_figure
+from visionattn.tasks.inference import Classifier, draw, load_run, predict
 
 MODEL = "biformer_nano"
 _SHOWN = 40

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
+from visionattn._figures import save_picture
 from visionattn.data.detection_transforms import DetectionSamples, DetectionTransform
 from visionattn.data.images import read_image
 from visionattn.tasks.checkpoints import sha256
@@ -25,7 +26,6 @@ from visionattn.tasks.detection_data import make_detector
 from visionattn.tasks.detection_metrics import CocoScores, encode_detections, result_rows
 from visionattn.tasks.detection_report import draw_objects, write_report
 from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
-from visionattn.tasks.segmentation_inference import save_image
 
 _SHOWN = 6  # images in the picture of an evaluation
 
@@ -202,7 +202,7 @@ def predict_objects(run: str | Path, images: list[str], output: str | Path) -> I
             rows.append({**row, "file_name": str(path), "category": names[row["category_id"]]})
         picture, count = draw_found(finder, pixels, found)
         target = folder / f"{stem}_objects.png"
-        save_image(picture, target)
+        save_picture(picture, target)
         yield target, count
     write_text(folder / "detections.json", json.dumps(rows, indent=1) + "\n")
 

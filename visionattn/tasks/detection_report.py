@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coder
 
+from visionattn._figures import save_figure
 from visionattn.tasks.config import write_text
 from visionattn.tasks.detection_metrics import NAMES
-from visionattn.tasks.inference import save_figure
 from visionattn.tasks.records import markdown
 from visionattn.tasks.segmentation_report import learning_curve
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visionattn._figures import save_picture
 from visionattn.data.grounding import CLASSES, Question, other_questions
 from visionattn.data.grounding_pipeline import GroundingSamples, GroundingTransform
 from visionattn.data.masks import read_pixels
@@ -20,7 +21,6 @@ from visionattn.tasks.grounding_data import make_grounder
 from visionattn.tasks.grounding_metrics import iou, question_metrics, summarize
 from visionattn.tasks.grounding_report import Shown, write_report
 from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
-from visionattn.tasks.segmentation_inference import save_image
 from visionattn.tasks.segmentation_metrics import write_results
 from visionattn.tasks.segmentation_report import overlay
 
@@ -187,8 +187,8 @@ def predict_answers(
         pixels = read_pixels(path, grounder.in_chans)
         mask = answer_mask(grounder, pixels, question)
         written.append(Path(output) / f"{stem}_mask.png")
-        save_image(Image.fromarray(mask.astype(np.uint8) * 255), written[-1])
-        save_image(Image.fromarray(overlay(pixels, mask)), Path(output) / f"{stem}_overlay.png")
+        save_picture(Image.fromarray(mask.astype(np.uint8) * 255), written[-1])
+        save_picture(Image.fromarray(overlay(pixels, mask)), Path(output) / f"{stem}_overlay.png")
     return written, grounder.model.text.unknown(question)
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visionattn._figures import save_figure
 from visionattn.data.hull import RandomHulls, collate_points
 from visionattn.heads.pointer_network import PointerNetwork
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.config import write_text
 from visionattn.tasks.hull import make_network
-from visionattn.tasks.inference import read_checkpoint, run_config, save_figure
+from visionattn.tasks.inference import read_checkpoint, run_config
 from visionattn.tasks.records import markdown
 
 SIZES = (5, 10)

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 import visionattn
+from visionattn._figures import save_figure
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import EpochSampler, collate, samples_of
 from visionattn.tasks.checkpoints import full_name, read_torch_file, sha256
 from visionattn.tasks.config import check_sources, compose
-from visionattn.tasks.files import replaced
 from visionattn.tasks.networks import make_classifier
 from visionattn.tasks.progress import tracked
 
@@ -330,9 +330,3 @@ def draw(images: list[Image.Image], titles: list[str], output: Path, colors: lis
         axes.set_title(title, fontsize=9, color=colors[i] if colors else "black")
         axes.axis("off")
     save_figure(figure, output)
-
-
-def save_figure(figure: Any, output: Path) -> None:
-    """Write a matplotlib figure as PNG under a temporary name and rename it."""
-    with replaced(output) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from visionattn._writing import replaced
 from visionattn.tasks.checkpoints import read_torch_file
-from visionattn.tasks.files import replaced
 
 
 class DurableCheckpointIO(CheckpointIO):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from visionattn._figures import save_figure
 from visionattn.data.scanpath import Scene
 from visionattn.tasks.config import write_text
-from visionattn.tasks.inference import save_figure
 from visionattn.tasks.records import markdown
 
 Shown = tuple[Scene, list[int], list[int] | None]

@@ -1,6 +1,5 @@
 """Using a trained segmentation run: evaluation on a split, masks of image files."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from visionattn._figures import save_picture
 from visionattn.data.masks import read_pixels
 from visionattn.data.segmentation import IGNORE, Sample
 from visionattn.data.segmentation_pipeline import SegmentationSamples
@@ -208,8 +208,8 @@ def predict_masks(
             pixels = read_pixels(path, masker.in_chans)
             mask = PixelLabels(masker, window or masker.window, flips)(pixels)
             target = folder / f"{stem}_mask.png"
-            save_image(Image.fromarray(mask), target)
-            save_image(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")
+            save_picture(Image.fromarray(mask), target)
+            save_picture(Image.fromarray(overlay(pixels, mask)), folder / f"{stem}_overlay.png")
         written.append(target)
     return written
 
@@ -221,11 +221,3 @@ def predict_command(args: Any) -> Iterator[str]:
     folder = "predictions" if args.output == "prediction.png" else args.output
     for path in predict_masks(args.run_folder, args.images, folder, args.window, args.flips):
         yield f"mask: {path}"
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)

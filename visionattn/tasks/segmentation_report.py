@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from visionattn._figures import save_figure
 from visionattn.data.segmentation import IGNORE
 from visionattn.tasks.config import write_text
-from visionattn.tasks.inference import save_figure
 from visionattn.tasks.records import markdown
 from visionattn.tasks.segmentation_metrics import METRICS
 

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
+from visionattn._figures import save_picture
 from visionattn.data.masks import read_pixels
 from visionattn.data.pipeline import EpochSampler
 from visionattn.data.segmentation import IGNORE, Sample
@@ -22,7 +23,6 @@ from visionattn.data.segmentation_pipeline import SegmentationSamples, collate_s
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.inference import distinct_stems, read_checkpoint, run_config
-from visionattn.tasks.segmentation_inference import save_image
 from visionattn.tasks.semantic import best_labels, class_scores, confusion_matrix, set_scores
 from visionattn.tasks.semantic_data import make_labeller
 from visionattn.tasks.semantic_report import Shown, colored, write_report
@@ -203,8 +203,8 @@ def predict_labels(
         picture = Image.fromarray(mask)
         picture.putpalette(np.array(labeller.palette, np.uint8).tobytes())
         target = folder / f"{stem}_labels.png"
-        save_image(picture, target)
-        save_image(Image.fromarray(colored(mask, labeller.palette, pixels)), folder / f"{stem}_overlay.png")
+        save_picture(picture, target)
+        save_picture(Image.fromarray(colored(mask, labeller.palette, pixels)), folder / f"{stem}_overlay.png")
         written.append(target)
     return written
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from visionattn._figures import save_figure
 from visionattn.data.segmentation import IGNORE
 from visionattn.tasks.config import write_text
-from visionattn.tasks.inference import save_figure
 from visionattn.tasks.records import markdown
 from visionattn.tasks.segmentation_report import displayed, learning_curve
 

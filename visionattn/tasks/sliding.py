@@ -1,6 +1,5 @@
 """Masks of images of any size: windows over tensors, and tiles of files that do not fit into memory."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionattn._writing import replaced
 from visionattn.data.masks import read_pixels, with_channels
 from visionattn.tasks.segmentation_metrics import class_probabilities
 
@@ -214,13 +214,11 @@ def segment_file(
                 # what lies beyond the image is not part of the file
                 yield np.ascontiguousarray(middle)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     shape = (source.height, source.width)
-    tifffile.imwrite(
-        temporary, tiles(), shape=shape, dtype=np.uint8, tile=(tile, tile), compression="zlib", maxworkers=1
-    )
-    temporary.replace(target)
+    with replaced(target) as temporary:
+        tifffile.imwrite(
+            temporary, tiles(), shape=shape, dtype=np.uint8, tile=(tile, tile), compression="zlib", maxworkers=1
+        )
 
 
 def of_size(found: Tensor, like: Tensor) -> Tensor:

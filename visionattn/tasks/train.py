@@ -19,13 +19,13 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import visionattn
+from visionattn._writing import remove_stale
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
 from visionattn.tasks.checkpoints import read_torch_file
 from visionattn.tasks.config import write_text
 from visionattn.tasks.engine import accept_own_figures, check_options, lost_processes, machines, processes, strategy
-from visionattn.tasks.files import remove_stale
 from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
