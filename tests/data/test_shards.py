@@ -377,8 +377,12 @@ def test_cache_keeps_its_size(shards, server, tmp_path):
     cache.get(index.shards[0])
     cache.get(index.shards[1])
     cache.get(index.shards[0])  # wanted again, so that the second is the oldest
+    own = [tmp_path / name for name in ("backup.tar", "0123456789abcdef.tar")]
+    for path in own:  # of the user's, older and larger than all
+        path.write_bytes(bytes(4 * size))
+        os.utime(path, (0, 0))
     cache.get(index.shards[2])
-    assert first.exists() and not second.exists() and third.exists()
+    assert first.exists() and not second.exists() and third.exists() and all(path.exists() for path in own)
     with pytest.raises(ValueError, match="two windows of 16 shards"):
         Shards(server.url, "train", cache=tmp_path, cache_gb=1e-6)
 
