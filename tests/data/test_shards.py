@@ -361,6 +361,18 @@ def test_url_that_stays_broken_is_named(server, tmp_path):
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_shard_that_could_not_be_fetched_is_tried_again_in_the_next_epoch(server, tmp_path, shuffle):
+    source = Shards(server.url, "val", cache=tmp_path)
+    data = Samples(source, to_tensor, replace=False, on_error="skip")
+    sampler = EpochSampler(data, shuffle)
+    server.failures = 99
+    assert [len(data[key]["skipped"]) for key in sampler] == [1] * 6
+    server.failures = 0
+    sampler.set_epoch(1)
+    assert [len(data[key]["skipped"]) for key in sampler] == [0] * 6
+
+
 def test_other_content_than_the_index_says_is_refused(shards, server, tmp_path):
     source = Shards(server.url, "val", cache=tmp_path)
     source.shards[0].sha256 = "0" * 64

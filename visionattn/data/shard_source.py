@@ -131,7 +131,7 @@ class Shards:
         return self._files[number]
 
     def _fetched(self, number: int, cache: ShardCache) -> int:
-        """Descriptor of a shard from the cache; what could not be fetched once is not tried again for each image."""
+        """Descriptor of a shard from the cache; what could not be fetched is not tried again in the same epoch."""
         if number in self._failed:
             raise ValueError(self._failed[number])
         while True:
@@ -185,10 +185,16 @@ class Shards:
         ]
 
     def set_epoch(self, epoch: int) -> None:
-        """Say in the reading process which epoch it reads, so that it can fetch shards before they are needed."""
-        if self.cache is None or self._share is None or epoch == self._epoch:
+        """Say in the reading process which epoch it reads.
+
+        Shards are then fetched before they are needed, and those tried again that could not be fetched in another epoch.
+        """
+        if self.cache is None or epoch == self._epoch:
             return
         self._epoch = epoch
+        self._failed.clear()
+        if self._share is None:
+            return
         windows = self._windows(epoch, *self._share)
         if self._ahead:
             self._ahead.wanted.put(None)
