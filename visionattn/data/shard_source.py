@@ -19,6 +19,7 @@ from visionattn.data.shards import INDEX, Index, parse_index, read_index
 
 _LOG = logging.getLogger(__name__)
 _OPEN_FILES = 32
+_NAMES = dict(encoding="utf-8", errors="surrogatepass")  # surrogates stand for bytes of file names that are no UTF-8
 
 
 class Shards:
@@ -35,8 +36,8 @@ class Shards:
 
     Raises:
         FileNotFoundError: No folder, no index, or shards that it lists are missing.
-        ValueError: A damaged index or one of other classes; a window below 1, or too large for the cache; a URL that
-            does not answer.
+        ValueError: A damaged index, or one of other shards or classes; a window below 1, or too large for the cache; a
+            URL that does not answer.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Shards:
         self.shards = index.shards
         self.starts = np.cumsum([0, *map(len, index.shards)])
         join = lambda column: [value for shard in index.shards for value in getattr(shard, column)]  # noqa: E731
-        self.names = np.array([name.encode() for name in join("names")])
+        self.names = np.array([name.encode(**_NAMES) for name in join("names")])
         self.labels = np.array(join("labels"), np.int32)
         self.offsets = np.array(join("offsets"), np.int64)
         self.sizes = np.array(join("sizes"), np.int64)
@@ -102,7 +103,7 @@ class Shards:
 
     def name(self, i: int) -> str:
         """Shard and member of image ``i``."""
-        return f"{self.place}/{self.shards[self._shard(i)].name}:{self.names[i].decode()}"
+        return f"{self.place}/{self.shards[self._shard(i)].name}:{self.names[i].decode(**_NAMES)}"
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int, str]:
         if not 0 <= i < len(self):
@@ -187,7 +188,7 @@ class Shards:
     def set_epoch(self, epoch: int) -> None:
         """Say in the reading process which epoch it reads.
 
-        Shards are then fetched before they are needed, and those tried again that could not be fetched in another epoch.
+        Shards are then fetched before they are needed, and those that could not be fetched before are tried again.
         """
         if self.cache is None or epoch == self._epoch:
             return
