@@ -213,9 +213,9 @@ def test_configuration_of_a_run_can_call_sources_of_data_only(places, weights, t
 REFUSED = {  # what a run's file says and the command may say, with what stands there otherwise
     "data.source.root=${oc.env:TOKEN}": "environment",
     "data.root=s3://bucket/set": "over the network",
-    "data.cache=/home": "shards are written and removed",
+    "data.cache=/data/cache": "shards are written and removed",
     "data.source.download=true": "write what it fetches",
-    "data.source._args_=[CIFAR10, /home, val, 3, true]": "names are not known",
+    "data.source._args_=[CIFAR10, /data/set, val, 3, true]": "names are not known",
 }
 
 
