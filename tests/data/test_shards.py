@@ -148,6 +148,14 @@ def test_batches_do_not_depend_on_the_workers(shards, repeats, samples):
 # faults
 
 
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
 def copy_of(shards, target):
     target.mkdir()
     for path in (shards / "train").iterdir():
@@ -158,8 +166,8 @@ def copy_of(shards, target):
 def test_truncated_shard_is_named_and_skipped_on_request(shards, tmp_path):
     place = copy_of(shards, tmp_path / "cut")
     path = place / "train-000001.tar"
-    path.write_bytes(path.read_bytes()[:3000])
     source = Shards(place)
+    path.write_bytes(path.read_bytes()[:3000])
     first = int(source.starts[1])
     assert source[first - 1] and source[first]  # what is there is read
     with pytest.raises(ValueError, match=r"train-000001\.tar:.*truncated.*on_error=skip"):
@@ -170,6 +178,15 @@ def test_truncated_shard_is_named_and_skipped_on_request(shards, tmp_path):
         check_shards(place)
     with pytest.raises(ValueError, match=r"train-000001\.tar \(3000 bytes\)"):
         index_shards(place)
+
+
+def test_shards_of_another_size_are_refused_at_the_start(shards, tmp_path):
+    place = copy_of(shards, tmp_path / "sizes")
+    for number, size in ((1, 3000), (4, 30720)):
+        path = place / f"train-{number:06d}.tar"
+        path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))
+    with pytest.raises(ValueError, match=r"2 shards .*001\.tar \(3000 bytes.*004\.tar \(30720 bytes.*data index"):
+        Shards(place)
 
 
 def test_changed_shard_is_found_by_its_digest(shards, tmp_path):
@@ -213,6 +230,14 @@ def test_missing_shard_or_index_is_named(shards, tmp_path):
         (lambda index: index["shards"][0]["sizes"].__setitem__(0, 10**9), "image at bytes"),
         (lambda index: index["shards"][0]["labels"].__setitem__(0, 7), "labels 0 to 7 for 2 classes"),
         (lambda index: index["shards"].clear(), "lists no images"),
+        (lambda index: index["shards"][0]["names"].__setitem__(0, 1), "names that are no list of str"),
+        (lambda index: index["shards"][0].update(names=None), "names that are no list of str"),
+        (lambda index: index["shards"][0]["labels"].__setitem__(0, 0.5), "labels that are no list of int"),
+        (lambda index: index["shards"][0]["labels"].__setitem__(0, True), "labels that are no list of int"),
+        (lambda index: index["shards"][0]["offsets"].__setitem__(0, 512.0), "offsets that are no list of int"),
+        (lambda index: index["shards"][0]["offsets"].__setitem__(0, 10**19), "image at bytes"),
+        (lambda index: index["shards"][0].update(bytes=10**20), "size of 1000"),
+        (lambda index: index["shards"][0].update(bytes="20480"), "size of '20480'"),
     ],
 )
 def test_damaged_index_is_refused(shards, tmp_path, change, message):
@@ -223,6 +248,30 @@ def test_damaged_index_is_refused(shards, tmp_path, change, message):
     (place / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"index.json.*{message}"):
         Shards(place)
+
+
+def test_index_that_is_nested_too_deeply_is_refused(shards, tmp_path):
+    place = copy_of(shards, tmp_path / "deep")
+    (place / "index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"index\.json is no index of shards"):
+        Shards(place)
+
+
+def test_labels_do_not_count_classes_without_end(tmp_path):
+    write_tar(tmp_path / "x.tar", {"a.png": b"x", "a.cls": b"30000000"})
+    with pytest.raises(ValueError, match="label 30000000, .*--classes"):
+        index_shards(tmp_path)
+
+
+def test_name_that_is_no_text_is_kept(tmp_path):
+    root, name = tmp_path / "set", os.fsdecode(b"caf\xe9.png")
+    (root / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (4, 5)).save(root / "train" / "cat" / "0.png")
+    os.rename(root / "train" / "cat" / "0.png", root / "train" / "cat" / name)
+    (root / "train" / "cat" / f"broken {name}").write_bytes(b"no picture")
+    write_shards(root, tmp_path / "out", ["train"], on_error="skip")
+    assert Shards(tmp_path / "out", "train")[0][2].endswith(f"train-000000.tar:cat/{name}")
+    assert b"broken caf\xe9.png" in (tmp_path / "out" / "train" / "skipped_images.txt").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -238,11 +287,7 @@ def test_damaged_index_is_refused(shards, tmp_path, change, message):
     ],
 )
 def test_shard_that_cannot_be_used_is_refused(tmp_path, members, message):
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    write_tar(tmp_path / "x.tar", members)
     with pytest.raises(ValueError, match=rf"x\.tar.*{message}"):
         index_shards(tmp_path)
     assert not (tmp_path / "index.json").exists()
@@ -361,6 +406,18 @@ def test_url_that_stays_broken_is_named(server, tmp_path):
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_shard_that_could_not_be_fetched_is_tried_again_in_the_next_epoch(server, tmp_path, shuffle):
+    source = Shards(server.url, "val", cache=tmp_path)
+    data = Samples(source, to_tensor, replace=False, on_error="skip")
+    sampler = EpochSampler(data, shuffle)
+    server.failures = 99
+    assert [len(data[key]["skipped"]) for key in sampler] == [1] * 6
+    server.failures = 0
+    sampler.set_epoch(1)
+    assert [len(data[key]["skipped"]) for key in sampler] == [0] * 6
+
+
 def test_other_content_than_the_index_says_is_refused(shards, server, tmp_path):
     source = Shards(server.url, "val", cache=tmp_path)
     source.shards[0].sha256 = "0" * 64
@@ -377,8 +434,12 @@ def test_cache_keeps_its_size(shards, server, tmp_path):
     cache.get(index.shards[0])
     cache.get(index.shards[1])
     cache.get(index.shards[0])  # wanted again, so that the second is the oldest
+    own = [tmp_path / name for name in ("backup.tar", "0123456789abcdef.tar")]
+    for path in own:  # of the user's, older and larger than all
+        path.write_bytes(bytes(4 * size))
+        os.utime(path, (0, 0))
     cache.get(index.shards[2])
-    assert first.exists() and not second.exists() and third.exists()
+    assert first.exists() and not second.exists() and third.exists() and all(path.exists() for path in own)
     with pytest.raises(ValueError, match="two windows of 16 shards"):
         Shards(server.url, "train", cache=tmp_path, cache_gb=1e-6)
 

@@ -1,6 +1,7 @@
 """Hugging Face sets as streams: order, shares of processes, faults, training."""
 
 import io
+import re
 
 import datasets
 import numpy as np
@@ -148,6 +149,33 @@ def test_labels_without_names_take_those_of_the_configuration(tmp_path):
     assert source[rows[1]][1] == 1
     with pytest.raises(ValueError, match=r"train\[2\] has the label 2, there are 2 classes"):
         source[rows[2]]
+
+
+@pytest.mark.parametrize(
+    "kind, label, number",
+    [
+        ("string", "dog", 1),
+        ("bool", True, 1),
+        ("string", "bird", None),
+        ("string", "1", None),
+        ("float32", 1.0, None),
+        (["int64"], [1], None),
+        ("int64", None, None),
+        ("int64", -1, None),
+    ],
+)
+def test_labels_are_numbers_or_names_of_classes(tmp_path, kind, label, number):
+    column = datasets.Sequence(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+    features = datasets.Features({"picture": datasets.Image(), "kind": column})
+    rows = {"picture": [{"bytes": encoded(0), "path": None}], "kind": [label]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    source = stream(tmp_path, classes=["cat", "dog"])
+    (row,) = source.epoch_order(None, 0)
+    if number is not None:
+        assert source[row][1] == number and type(source[row][1]) is int
+        return
+    with pytest.raises(ValueError, match=rf"train\[0\] has the label {re.escape(repr(label))}, there are 2 classes"):
+        source[row]
 
 
 def test_folder_of_images_by_class_is_streamed(tmp_path):

@@ -1,7 +1,10 @@
 """Pictures of every unusual kind are read, damaged ones are listed by path, and the training ends either way."""
 
+import fcntl
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 from processes import make_pictures, training
 
 from visionattn.cli import main
+from visionattn.tasks.callbacks import SkippedImages
 
 PLAIN = ["trainer.max_epochs=1", "data.workers=1", "task.ema_decay=null"]
 
@@ -51,6 +55,31 @@ def add_damaged(folder):
 def listed(run):
     text = (run / "skipped_images.txt").read_text(encoding="utf-8", errors="surrogateescape")
     return text.splitlines()
+
+
+def test_processes_list_a_picture_once(tmp_path, caplog):
+    trainer = SimpleNamespace(is_global_zero=True)
+    for names in (["a", "b\udcff"], ["b\udcff", "c"]):  # a run and its resume
+        ranks = [SkippedImages(tmp_path) for _ in range(2)]
+        for note in [*names, *names]:
+            for rank in ranks:
+                rank.on_train_batch_end(trainer, None, None, dict(skipped=[f"{note}:\nbroken"]), 0)
+    assert listed(tmp_path) == ["a: broken", "b\udcff: broken", "c: broken"]
+    with caplog.at_level("INFO"):
+        SkippedImages(tmp_path).on_fit_end(trainer, None)
+    assert "3 unreadable images" in caplog.text
+
+
+def test_process_waits_for_another_that_writes_the_list(tmp_path):
+    rank, batch = SkippedImages(tmp_path), dict(skipped=["a: broken"])
+    with ThreadPoolExecutor(1) as pool, (tmp_path / "skipped_images.txt").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        noting = pool.submit(rank.on_validation_batch_end, None, None, None, batch)
+        assert wait([noting], timeout=0.2).not_done
+        file.write("a: broken\n")
+        file.close()
+        noting.result(20)
+    assert listed(tmp_path) == ["a: broken"]
 
 
 def test_damaged_pictures_are_listed_once(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import pickle
+import re
 import zipfile
 
 import pytest
@@ -207,6 +208,51 @@ def test_configuration_of_a_run_can_call_sources_of_data_only(places, weights, t
     with pytest.raises(SystemExit, match=r"config\.yaml names data\.source.*no source of data of visionattn"):
         main(["eval", str(run)])
     assert not marker.exists()
+
+
+REFUSED = {  # what a run's file says and the command may say, with what stands there otherwise
+    "data.source.root=${oc.env:TOKEN}": "environment",
+    "data.root=s3://bucket/set": "over the network",
+    "data.cache=/data/cache": "shards are written and removed",
+    "data.source.download=true": "write what it fetches",
+    "data.source._args_=[CIFAR10, /data/set, val, 3, true]": "names are not known",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_configuration_of_a_run_reads_this_machine_only(tmp_path, monkeypatch, change):
+    monkeypatch.setenv("TOKEN", "secret")
+    source = {"_target_": "visionattn.data.shard_source.Shards", "root": "${data.root}", "cache": "${data.cache}"}
+    config = OmegaConf.create(dict(data=dict(root="/data/set", cache=None, source=source), name="${data.root}"))
+    check_sources(config, tmp_path, [])
+    changed = OmegaConf.merge(config, OmegaConf.from_dotlist([change]))
+    with pytest.raises(
+        ValueError, match=f"{re.escape(change.partition('=')[0])}.*({REFUSED[change]}).*say so: "
+    ) as error:
+        check_sources(changed, tmp_path, [])
+    assert "secret" not in str(error.value)
+    check_sources(changed, tmp_path, [change])
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "${ oc.env : TOKEN}",
+        "${${name}:TOKEN}",
+        "\\${oc.env:TOKEN}",  # which Hydra's own pass over the source would resolve
+        "${dollar}${rest}",
+        "${https}${host}",
+        "${list._args_[0]}",
+    ],
+)
+def test_configuration_of_a_run_cannot_hide_what_it_asks(tmp_path, monkeypatch, root):
+    monkeypatch.setenv("TOKEN", "secret")
+    parts = dict(name="oc.env", dollar="$", rest="{oc.env:TOKEN}", https="https:", host="//evil.org")
+    if "list" in root:
+        parts["list"] = dict(_args_=["${oc.env:TOKEN}"])
+    source = {"_target_": "visionattn.data.shard_source.Shards", "root": root}
+    with pytest.raises(ValueError, match="names .*, (which could read|an address)"):
+        check_sources(OmegaConf.create(dict(**parts, data=dict(source=source))), tmp_path, [])
 
 
 def test_own_and_stated_sources_of_data_are_called(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import logging
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -21,6 +22,7 @@ _TRIES = 4
 _WAIT = 1.0  # seconds before the second try, twice as long before each further one
 _TIMEOUT = 60  # seconds without a byte
 _CHUNK = 1 << 20  # bytes
+_OWN = re.compile(r"[0-9a-f]{16}-.+\.tar")  # names that ``ShardCache.path`` gives
 
 
 def is_url(root: str | Path) -> bool:
@@ -76,7 +78,8 @@ class ShardCache:
 
     A shard gets its name when its size and SHA-256 have proved right. A lock lets one process of the host fetch while
     the others wait for it. Beyond the size the shards that were opened longest ago go first; a process that still reads
-    such a file keeps it open, and one that comes later fetches it again.
+    such a file keeps it open, and one that comes later fetches it again. Files of other names in the folder stay and do
+    not count.
 
     Args:
         root: URL that the names of shards are below.
@@ -154,6 +157,8 @@ class ShardCache:
         """Remove the shards wanted longest ago until the rest is below the limit."""
         files = []
         for path in self.folder.glob("*.tar"):
+            if not _OWN.fullmatch(path.name):  # the user's
+                continue
             try:
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             except FileNotFoundError:  # another process removed it

@@ -19,6 +19,7 @@ from visionattn.data.shards import INDEX, Index, parse_index, read_index
 
 _LOG = logging.getLogger(__name__)
 _OPEN_FILES = 32
+_NAMES = dict(encoding="utf-8", errors="surrogatepass")  # surrogates stand for bytes of file names that are no UTF-8
 
 
 class Shards:
@@ -35,8 +36,8 @@ class Shards:
 
     Raises:
         FileNotFoundError: No folder, no index, or shards that it lists are missing.
-        ValueError: A damaged index or one of other classes; a window below 1, or too large for the cache; a URL that
-            does not answer.
+        ValueError: A damaged index, or one of other shards or classes; a window below 1, or too large for the cache; a
+            URL that does not answer.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Shards:
         self.shards = index.shards
         self.starts = np.cumsum([0, *map(len, index.shards)])
         join = lambda column: [value for shard in index.shards for value in getattr(shard, column)]  # noqa: E731
-        self.names = np.array([name.encode() for name in join("names")])
+        self.names = np.array([name.encode(**_NAMES) for name in join("names")])
         self.labels = np.array(join("labels"), np.int32)
         self.offsets = np.array(join("offsets"), np.int64)
         self.sizes = np.array(join("sizes"), np.int64)
@@ -102,7 +103,7 @@ class Shards:
 
     def name(self, i: int) -> str:
         """Shard and member of image ``i``."""
-        return f"{self.place}/{self.shards[self._shard(i)].name}:{self.names[i].decode()}"
+        return f"{self.place}/{self.shards[self._shard(i)].name}:{self.names[i].decode(**_NAMES)}"
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int, str]:
         if not 0 <= i < len(self):
@@ -131,7 +132,7 @@ class Shards:
         return self._files[number]
 
     def _fetched(self, number: int, cache: ShardCache) -> int:
-        """Descriptor of a shard from the cache; what could not be fetched once is not tried again for each image."""
+        """Descriptor of a shard from the cache; what could not be fetched is not tried again in the same epoch."""
         if number in self._failed:
             raise ValueError(self._failed[number])
         while True:
@@ -185,10 +186,16 @@ class Shards:
         ]
 
     def set_epoch(self, epoch: int) -> None:
-        """Say in the reading process which epoch it reads, so that it can fetch shards before they are needed."""
-        if self.cache is None or self._share is None or epoch == self._epoch:
+        """Say in the reading process which epoch it reads.
+
+        Shards are then fetched before they are needed, and those that could not be fetched before are tried again.
+        """
+        if self.cache is None or epoch == self._epoch:
             return
         self._epoch = epoch
+        self._failed.clear()
+        if self._share is None:
+            return
         windows = self._windows(epoch, *self._share)
         if self._ahead:
             self._ahead.wanted.put(None)

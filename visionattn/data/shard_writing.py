@@ -121,7 +121,8 @@ class _Packer:
                 pool.shutdown(cancel_futures=True)
                 raise
         if skipped:
-            (target / "skipped_images.txt").write_text("".join(note + "\n" for note in skipped), encoding="utf-8")
+            text = "".join(note + "\n" for note in skipped)
+            (target / "skipped_images.txt").write_text(text, encoding="utf-8", errors="surrogateescape")
         if not any(shards):
             raise ValueError(f"none of the {len(self.source)} images can be read; the first error: {skipped[0]}")
         index = Index(self.source.classes, shards)

@@ -23,7 +23,9 @@ INDEX = "index.json"
 FORMAT = 1
 _PICKLED = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz")  # numpy's files may hold pickles too
 _BLOCK = 512  # bytes, of tar files
-_COLUMNS = ("names", "labels", "offsets", "sizes")
+_COLUMNS = dict(names=str, labels=int, offsets=int, sizes=int)
+_LARGEST = 2**63  # bytes; the columns become arrays of 64 bits
+_UNNAMED = 100_000  # classes that labels alone may make
 
 
 @dataclass
@@ -85,7 +87,7 @@ def parse_index(text: str | bytes, where: str) -> Index:
         index = Index([str(name) for name in content["classes"]], [Shard(**shard) for shard in content["shards"]])
         for shard in index.shards:
             _check_entries(shard, len(index.classes))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{where} is no index of shards, or damaged ({error}); write it anew with: visionattn data index FOLDER"
         ) from error
@@ -101,6 +103,12 @@ def _check_entries(shard: Shard, classes: int) -> None:
         raise ValueError(f"{name!r} is no name of a shard")
     if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
         raise ValueError(f"{name} has no SHA-256")
+    if type(shard.bytes) is not int or not 0 < shard.bytes < _LARGEST:
+        raise ValueError(f"{name} has a size of {shard.bytes!r} bytes")
+    for column, kind in _COLUMNS.items():
+        values = getattr(shard, column)
+        if not isinstance(values, list) or not set(map(type, values)) <= {kind}:  # bool is no int here
+            raise ValueError(f"{name} has {column} that are no list of {kind.__name__}")
     if len({len(getattr(shard, column)) for column in _COLUMNS}) != 1:
         raise ValueError(f"{name} has columns of different lengths")
     for offset, size in zip(shard.offsets, shard.sizes, strict=True):
@@ -110,13 +118,8 @@ def _check_entries(shard: Shard, classes: int) -> None:
         raise ValueError(f"{name} has labels {min(shard.labels)} to {max(shard.labels)} for {classes} classes")
 
 
-def read_index(folder: Path) -> Index:
-    """The index of the shards in a folder.
-
-    Raises:
-        FileNotFoundError: No folder, no index, or a shard that it lists is missing.
-        ValueError: A damaged index.
-    """
+def _complete_index(folder: Path) -> Index:
+    """The index of the shards in a folder, all of which are there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of shards {folder}; expected ROOT/SPLIT/{INDEX}, set data.root to ROOT")
     path = folder / INDEX
@@ -129,6 +132,28 @@ def read_index(folder: Path) -> Index:
             f"{len(missing)} of the {len(index.shards)} shards of {path} are missing, first {missing[0]}; copy them "
             f"there, or index those that are: visionattn data index {folder}"
         )
+    return index
+
+
+def _refuse_differing(folder: Path, shards: list[Shard]) -> None:
+    """Refuse shards, if any, that are not those of the index."""
+    if shards:
+        sizes = [f"{s.name} ({(folder / s.name).stat().st_size} bytes, the index says {s.bytes})" for s in shards]
+        raise ValueError(
+            f"{len(shards)} shards of {folder} are not as indexed: {', '.join(sizes)}; copy them anew, or if they are "
+            f"the right ones: visionattn data index {folder}"
+        )
+
+
+def read_index(folder: Path) -> Index:
+    """The index of the shards in a folder.
+
+    Raises:
+        FileNotFoundError: No folder, no index, or a shard that it lists is missing.
+        ValueError: A damaged index, or shards of another size than it says, all named.
+    """
+    index = _complete_index(folder)
+    _refuse_differing(folder, [s for s in index.shards if (folder / s.name).stat().st_size != s.bytes])
     return index
 
 
@@ -226,7 +251,7 @@ def index_shards(
 
     Raises:
         FileNotFoundError: No folder, or no shards in it.
-        ValueError: As in ``scan``; or labels beyond ``classes``.
+        ValueError: As in ``scan``; or labels beyond ``classes``, or without those beyond 100,000 and the images.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -243,6 +268,11 @@ def index_shards(
     largest = max((label for shard in shards for label in shard.labels), default=-1)
     if classes and largest >= len(classes):
         raise ValueError(f"{folder} has the label {largest}, but only {len(classes)} classes were named")
+    if not classes and largest >= max(_UNNAMED, sum(map(len, shards))):
+        raise ValueError(
+            f"{folder} has the label {largest}, too large to count the classes by; name them with --classes FILE, or "
+            "repair the .cls of that image"
+        )
     index = Index(list(classes) or [str(number) for number in range(largest + 1)], shards)
     for shard in shards:
         _check_entries(shard, len(index.classes))
@@ -255,19 +285,17 @@ def check_shards(folder: str | Path, workers: int = 4, progress: Progress | None
 
     Raises:
         FileNotFoundError: As in ``read_index``.
-        ValueError: Shards of another content, all named.
+        ValueError: A damaged index, or shards of another content, all named.
     """
     folder = Path(folder)
-    index, wrong = read_index(folder), []
+    index, wrong = _complete_index(folder), list[Shard]()
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda shard: digest(folder / shard.name), index.shards)
         for number, (shard, sha256) in enumerate(zip(index.shards, found, strict=True), start=1):
             same = sha256 == shard.sha256
             if not same:
-                size = (folder / shard.name).stat().st_size
-                wrong.append(f"{shard.name} ({size} bytes, the index says {shard.bytes})")
+                wrong.append(shard)
             if progress:
                 progress(f"{number}/{len(index.shards)} {shard.name}: {'as indexed' if same else 'DIFFERS'}")
-    if wrong:
-        raise ValueError(f"{len(wrong)} shards of {folder} are not as indexed: {', '.join(wrong)}; copy them anew")
+    _refuse_differing(folder, wrong)
     return index

@@ -83,7 +83,8 @@ class HuggingFaceStream:
         in_chans: Channels that the images are converted to, 1 or 3.
         image_column: Column of images.
         label_column: Column of labels.
-        classes: Class names in label order, for labels that are plain numbers; by default those of the set.
+        classes: Class names in label order, for labels that are plain numbers or these names; by default those of the
+            set.
         samples: Images by split; by default what the set says of itself, or as many as reading the labels counts.
         buffer: Images among which each next one is drawn at random, in memory undecoded.
 
@@ -132,6 +133,7 @@ class HuggingFaceStream:
         self.classes = list(classes or named)
         if named is not None and list(named) != self.classes:
             raise ValueError(f"data.classes names {len(self.classes)} classes other than the {len(named)} of {path}")
+        self.numbers = {name: number for number, name in enumerate(self.classes)}
         data = data.select_columns([image_column, label_column])
         self.data = data.cast_column(image_column, datasets.Image(decode=False))
         self.size = samples[split] if samples and split in samples else _count(data, split, label_column)
@@ -174,11 +176,16 @@ class HuggingFaceStream:
     def __getitem__(self, row: dict[str, Any]) -> tuple[Image.Image, int, str]:
         found, label = row[self.image_column] or {}, row[self.label_column]
         name = found.get("path") or f"{row[_WHERE]}[{row[_NUMBER]}]"
-        if label is None or not 0 <= int(label) < len(self.classes):
-            raise ValueError(f"{name} has the label {label}, there are {len(self.classes)} classes")
+        number = self.numbers.get(label) if isinstance(label, str) else label
+        # bool is an int: a column of them has the classes 0 and 1
+        if not isinstance(number, int) or not 0 <= number < len(self.classes):
+            raise ValueError(
+                f"{name} has the label {label!r}, there are {len(self.classes)} classes "
+                f"({', '.join(self.classes[:3])}, ...); expected the number or the name of one"
+            )
         if found.get("bytes") is None and Path(name).is_file():
-            return read_image(name, self.in_chans), int(label), name
-        return decode_image(found.get("bytes") or b"", name, self.in_chans), int(label), name
+            return read_image(name, self.in_chans), int(number), name
+        return decode_image(found.get("bytes") or b"", name, self.in_chans), int(number), name
 
 
 class _EachNth:

@@ -1,5 +1,7 @@
 """What happens beside a training run: progress lines, and the list of unreadable images."""
 
+import contextlib
+import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,29 @@ _DATA_SECONDS = 10  # unless it is short
 
 
 class SkippedImages(Callback):
-    """Writes each unreadable image once to ``skipped_images.txt`` in the run's folder.
+    """Writes each unreadable image once to ``skipped_images.txt`` in the run's folder, whichever process meets it.
 
     Args:
-        folder: The run's folder.
+        folder: The run's folder, the same for all processes.
     """
 
     def __init__(self, folder: Path):
-        self.path, self.seen = folder / "skipped_images.txt", set[str]()
-
-    def on_fit_start(self, trainer: Any, module: Any) -> None:
-        """Remember what a resumed run has listed already."""
-        if self.path.is_file():
-            self.seen.update(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        self.path, self.seen, self.read = folder / "skipped_images.txt", set[str](), 0
 
     def _note(self, batch: dict[str, Any]) -> None:
-        new = [note for note in dict.fromkeys(batch["skipped"]) if note not in self.seen]
-        if new:
-            self.seen.update(new)
-            with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(note + "\n" for note in new)
+        # one line each, since they are told apart by reading lines
+        notes = dict.fromkeys(" ".join(note.splitlines()) for note in batch["skipped"])
+        if self.seen.issuperset(notes):
+            return
+        with self.path.open("a+", encoding="utf-8", errors="surrogateescape") as file:
+            # until the file is closed; where a file system has no locks, two processes may list the same image
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(self.read)  # what other processes, and the run before a resume, have listed since
+            self.seen.update(file.read().splitlines())
+            file.writelines(note + "\n" for note in notes if note not in self.seen)
+            self.seen.update(notes)
+            self.read = file.tell()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the batch's unreadable images."""
@@ -54,9 +59,10 @@ class SkippedImages(Callback):
         self._note(batch)
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
-        """Say how many there were."""
-        if self.seen:
-            rank_zero_info(f"{len(self.seen)} unreadable images were skipped, listed in {self.path}")
+        """Say how many there were in all processes."""
+        if trainer.is_global_zero and self.path.is_file():
+            text = self.path.read_text(encoding="utf-8", errors="surrogateescape")
+            rank_zero_info(f"{len(text.splitlines())} unreadable images were skipped, listed in {self.path}")
 
 
 class EpochLines(Callback):

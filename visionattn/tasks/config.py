@@ -1,6 +1,8 @@
 """The Hydra configurations of the package, and files that are never seen half written."""
 
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import visionattn
 from visionattn._writing import replaced
+from visionattn.data.shard_cache import is_url
+
+_KEY = re.compile(r"\$\{[^${}:]*\}")
 
 
 def config_folder() -> Path:
@@ -36,19 +41,52 @@ def _own_source(target: Any) -> bool:
     return isinstance(found, type) and found.__module__ == module
 
 
-def _targets(node: Any, key: str) -> dict[str, Any]:
-    """Every ``_target_`` below a node by its dotted key."""
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value below a node that is no mapping and no list, and all ``_args_``, by its dotted key."""
+    if not isinstance(node, dict | list) or key.endswith("._args_"):
+        yield key, node
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    found = {}
     for name, value in items:
-        found |= {f"{key}._target_": value} if name == "_target_" else _targets(value, f"{key}.{name}")
-    return found
+        yield from _leaves(value, f"{key}.{name}" if key else str(name))
+
+
+def _emptied(node: Any) -> Any:
+    """The mappings of a node with None for everything else."""
+    return {name: _emptied(value) for name, value in node.items()} if isinstance(node, dict) else None
+
+
+def _without_keys(value: Any) -> Any:
+    """A text without its ``${key}``, which stand for other values of the file; whatever else is taken as it is."""
+    while isinstance(value, str) and (shorter := _KEY.sub("", value)) != value:
+        value = shorter
+    return value
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """Why a value below ``data`` is none for a run of somebody else to choose, or None."""
+    name = key.rpartition(".")[2]
+    if "${" in str(value):
+        return "which could read environment variables"
+    if not value:
+        return None
+    if name == "_target_" and not _own_source(value):
+        return "which is no source of data of visionattn and was not called, since it could run any program"
+    if name == "_args_":
+        return "whose names are not known"
+    if name == "cache":
+        return "a folder in which shards are written and removed"
+    if name == "download":
+        return "which would write what it fetches below a folder that the file chooses"
+    if is_url(value):
+        return "an address that would be asked over the network"
+    return None
 
 
 def check_sources(config: DictConfig, path: Path, overrides: Sequence[str]) -> None:
-    """Refuse a run's configuration that would call anything but this package's sources of data.
+    """Refuse a run's configuration that would do more than read data from this machine.
 
-    Hydra calls whatever a ``_target_`` names, so that a run's folder from somebody else could run any program.
+    Hydra calls whatever a ``_target_`` names, and OmegaConf puts environment variables wherever ``${oc.env:NAME}``
+    stands, so that a run's folder from somebody else could run any program and send what it finds.
 
     Args:
         config: The file's with the changes of the command.
@@ -56,17 +94,25 @@ def check_sources(config: DictConfig, path: Path, overrides: Sequence[str]) -> N
         overrides: ``key=value`` of the command: what the user says is trusted.
 
     Raises:
-        ValueError: A ``_target_`` below ``data`` that is neither a class of ``visionattn.data`` nor in ``overrides``.
+        ValueError: Unless ``overrides`` have it: an interpolation of anything but a key; and below ``data`` a
+            ``_target_`` that is no class of ``visionattn.data``, ``_args_``, a URL, ``download`` or a ``cache``.
     """
-    said = {text.lstrip("+").partition("=")[0] for text in overrides}
-    # resolved, since an interpolation may stand for a whole node
-    data = OmegaConf.to_container(config.data, resolve=True) if "data" in config else {}
-    for key, target in _targets(data, "data").items():
-        if key not in said and not _own_source(target):
+    said = OmegaConf.to_container(OmegaConf.from_dotlist([text.lstrip("+") for text in overrides]))
+    foreign = OmegaConf.merge(config, _emptied(said))
+
+    def check(key: str, value: Any, shown: Any) -> None:
+        if fault := _fault(key, value):
             raise ValueError(
-                f"{path} names {key}={target}, which is no source of data of visionattn and was not called, since "
-                f"it could run any program; if you trust it, say so: {key}={target}"
+                f"{path} names {key}={shown}, {fault}; if you trust it, say so: {shlex.quote(f'{key}={shown}')}"
             )
+
+    for key, value in _leaves(OmegaConf.to_container(foreign)):
+        rest = _without_keys(value)
+        if key.startswith("data.") or "${" in str(rest):
+            check(key, rest, value)
+    # resolved too, since an interpolation may stand for a whole node, and several for the parts of a text
+    for key, value in _leaves(OmegaConf.to_container(foreign.data, resolve=True) if "data" in foreign else {}, "data"):
+        check(key, value, value)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -155,7 +155,7 @@ def run_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]
 
     Raises:
         FileNotFoundError: There is no configuration.
-        ValueError: A change of a key that it does not have, or a source of data that is not of this package.
+        ValueError: A change of a key that it does not have, or what ``check_sources`` refuses.
     """
     folder = Path(run) if Path(run).is_dir() else Path(run).parent.parent
     if not (folder / "config.yaml").is_file():
