@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from visionattn.cli import main
 from visionattn.tasks import export_formats
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.export import Settings, compare, export, folded, from_name, from_run
-from visionattn.tasks.quantize import int8
+from visionattn.tasks.quantize import _labelled, int8
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,8 @@ def test_operators_of_other_domains_are_named():
         (["test_nat", "--random-weights", "--batch", "0"], "must be positive"),
         (["test_nat", "--random-weights", "--format", "torch", "--int8"], "--int8 is for --format onnx"),
         (["test_nat", "--random-weights", "--data", "x"], "add --int8"),
+        (["test_nat", "--random-weights", "--int8", "--images", "0"], "--images 0: .* at least 1 image"),
+        (["test_nat", "--random-weights", "--int8", "--images", "-3"], "--images -3: .* at least 1 image"),
         (["test_nat", "--random-weights", "--push", "a/b"], "--push is for"),
         (["--run", "nowhere"], "no checkpoint at"),
     ],
@@ -204,7 +207,7 @@ def changed(onnx_file, folder, network, **options):
     """Facts of the 8-bit copy of the file."""
     path = folder / "copy.onnx"
     shutil.copy(onnx_file[0], path)
-    return path, int8((64, 64), **options)(path, network)["int8"]
+    return path, int8(**options)(path, network)["int8"]
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,27 @@ def pictures(tmp_path_factory):
         pixels = np.random.RandomState(i).randint(0, 255, (70, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "val" / f"c{i:03d}" / "x.png")
     return root
+
+
+def test_chosen_size_is_what_pictures_are_made_into(network, pictures, tmp_path, monkeypatch):
+    def write(model, images, free, path, facts):
+        path.write_bytes(b"x")
+        return model
+
+    def measured(path, network):
+        return dict(seen=list(next(_labelled(network, pictures, 1))[0].shape))
+
+    monkeypatch.setitem(export_formats.WRITERS, "torch", write)
+    facts = export(network, Settings("torch", size=(48, 40)), tmp_path / "model.pt2", measured)
+    assert facts["input"]["shape"] == facts["seen"] == [1, 3, 48, 40]
+    assert facts["preprocessing"] == network.preprocessing | dict(input_size=[3, 48, 40])
+    assert list(network.preprocessing["input_size"]) == [3, 64, 64]
+
+
+def test_chosen_size_of_masks_is_what_whole_images_are_resized_to(network):
+    masks = replace(network, task="segmentation", preprocessing=dict(resize=[64, 64], window=None))
+    assert masks.resized((48, 40)).preprocessing == dict(resize=[48, 40], window=None)
+    assert replace(masks, preprocessing=dict(resize=None)).resized((48, 40)).preprocessing == dict(resize=None)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,17 @@ class Exportable:
     checkpoint: str | None = None
     threshold: float | None = None
     weights: str = "run"
+
+    def resized(self, size: tuple[int, int]) -> "Exportable":
+        """The same network for images of another height and width in pixels, as its preprocessing then makes them."""
+        if size == self.size:
+            return self
+        change: dict[str, Any] = {}
+        if self.task == "classification":
+            change = dict(input_size=[self.in_chans, *size])
+        elif self.preprocessing.get("resize"):
+            change = dict(resize=list(size))
+        return replace(self, size=size, preprocessing=self.preprocessing | change)
 
 
 class _FirstOutput(nn.Module):
@@ -262,19 +273,19 @@ class Settings:
             raise ValueError(f"batch {self.batch}, size {self.size} and tolerance {self.tolerance} must be positive")
 
 
-def _input_size(network: Exportable, settings: Settings) -> tuple[int, int]:
+def _of_size(network: Exportable, settings: Settings) -> Exportable:
     size = settings.size or network.size
     if network.fixed and (settings.free == "all" or size != network.size):
         own = "x".join(map(str, network.size))
         raise ValueError(
             f"{network.name} takes images of {own} pixels only; leave out --size, and of --dynamic take batch"
         )
-    return size
+    return network.resized(size)
 
 
-def facts_of(network: Exportable, settings: Settings, size: tuple[int, int], is_folded: bool) -> dict[str, Any]:
+def facts_of(network: Exportable, settings: Settings, is_folded: bool) -> dict[str, Any]:
     """What lies in and beside a file: input, output, classes, preprocessing, versions and digest of the weights."""
-    axes: list[Any] = [settings.batch, network.in_chans, *size]
+    axes: list[Any] = [settings.batch, network.in_chans, *network.size]
     for axis in FREE[settings.free]:
         axes[axis] = {0: "batch", 2: "height", 3: "width"}[axis]
     facts: dict[str, Any] = dict(
@@ -327,18 +338,18 @@ def export(
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; give the name of a file")
-    size = _input_size(network, settings)
+    network = _of_size(network, settings)
     batch = max(settings.batch, 2) if settings.free != "none" else settings.batch
-    shape = (batch, network.in_chans, *size)
+    shape = (batch, network.in_chans, *network.size)
     model: nn.Module = network.model.eval().requires_grad_(False)
     form, is_folded = (model, False) if settings.format == "safetensors" else folded(model, shape, settings.tolerance)
-    facts = facts_of(network, settings, size, is_folded)
+    facts = facts_of(network, settings, is_folded)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.part")
     try:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         run = WRITERS[settings.format](form, images, settings.free, temporary, json.dumps(facts))
-        found = compare(model, run, shapes_to_check(settings.free, batch, network.in_chans, size))
+        found = compare(model, run, shapes_to_check(settings.free, batch, network.in_chans, network.size))
         if found.relative > settings.tolerance:
             raise ValueError(
                 f"not kept: the {settings.format} file's outputs differ from the model's by {found.relative:.1e} of "
