@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import visionattn
+from visionattn import _files
 from visionattn.cli import main
 from visionattn.data.labelled_folder import LabelledFolder, read_labels
-from visionattn.tasks import verify as verifying
 from visionattn.tasks import zoo
 from visionattn.tasks.checkpoints import COLUMNS, sha256
 from visionattn.tasks.progress import duration, tracked
@@ -159,14 +159,30 @@ def test_wrong_folders_are_explained(pictures, tmp_path):
 
 
 def test_weights_come_from_the_index_the_hub_or_their_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(verifying, "download_weights", lambda url, name: tmp_path / f"{name} of {url}")
-    assert "biformer_t.in1k.pth of http" in weights_of("biformer_t", tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file, **how: Path(file).write_text(url))
+    cached = tmp_path / "checkpoints" / "biformer_t.in1k.pth"
+    assert weights_of("biformer_t", tmp_path) == str(cached) and cached.read_text().startswith("http")
     with pytest.raises(ValueError, match="no weights are published for test_biformer"):
         weights_of("test_biformer", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"davit_t\.msft_in1k cannot be had.*--checkpoint"):
         weights_of("davit_t", tmp_path)  # the hub is not asked in tests
     with pytest.raises(ValueError, match="did you mean"):
         verify("biformer_x", tmp_path)
+
+
+def test_published_weights_are_checked_by_the_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cfg, index = timm.models.get_pretrained_cfg("biformer_t"), tmp_path / "index.csv"
+    cached = tmp_path / "checkpoints" / "biformer_t.in1k.pth"
+    cached.parent.mkdir()
+    cached.write_bytes(b"other")
+    index.write_text(f"name,source_sha256,source_url\n{NAME},{'0' * 64},{cfg.url}\n")
+    monkeypatch.setattr(_files, "index_path", lambda: index)
+    with pytest.raises(ValueError, match=r"biformer_t\.in1k\.pth has SHA-256 .*, checkpoints/index\.csv says 0000"):
+        weights_of("biformer_t", tmp_path / "none")
+    index.write_text(f"name,source_sha256,source_url\n{NAME},{sha256(cached)},{cfg.url}\n")
+    assert weights_of("biformer_t", tmp_path / "none") == str(cached)
 
 
 # progress

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
+from timm.models import PretrainedCfg
 
 import visionattn
 from visionattn.data.datasets import ImageFolder
 from visionattn.data.labelled_folder import LabelledFolder
-from visionattn.models._weights import download_weights
+from visionattn.models._weights import fetch_weights
 from visionattn.tasks import zoo
 from visionattn.tasks.checkpoints import full_name, read_index, verify_checkpoint
 from visionattn.tasks.config import compose, write_text
@@ -56,34 +57,31 @@ def validation_images(root: str | Path, count: int, labels: str | Path | None = 
 
 
 def weights_of(name: str, folder: Path) -> str:
-    """The file of a model's published weights: that of the index if it is there, else downloaded.
+    """The file of a model's published weights: that of the index if it is there, else downloaded and checked.
 
     Args:
         name: timm name, with or without a tag.
         folder: Folder of ``index.csv``.
 
     Raises:
-        ValueError: No weights are published, or a file in the folder is not the one that the index lists.
+        ValueError: No weights are published, or a file is not the one that the index lists.
         FileNotFoundError: They cannot be had.
     """
     model: Any = visionattn.create_model(name, device="meta")
-    identifier, cfg = full_name(model), model.pretrained_cfg
+    identifier = full_name(model)
     row = read_index(folder).get(identifier)
     if row and (folder / row["file"]).is_file():
         verify_checkpoint(folder / row["file"])
         return str(folder / row["file"])
     try:
-        if cfg.get("hf_hub_id"):
-            from huggingface_hub import hf_hub_download
-
-            return hf_hub_download(cfg["hf_hub_id"], cfg.get("hf_hub_filename") or "model.safetensors")
-        if cfg.get("url"):
-            return str(download_weights(cfg["url"], f"{cfg['architecture']}.{cfg.get('tag') or 'default'}.pth"))
-    except (OSError, RuntimeError) as error:  # huggingface_hub's errors are of the first type
+        path, _ = fetch_weights(PretrainedCfg(**model.pretrained_cfg))
+    except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"the weights of {identifier} cannot be had: {error}; give --checkpoint FILE"
         ) from error
-    raise ValueError(f"no weights are published for {identifier}; give --checkpoint FILE")
+    if not path:
+        raise ValueError(f"no weights are published for {identifier}; give --checkpoint FILE")
+    return path
 
 
 def verify(
