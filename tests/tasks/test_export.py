@@ -237,6 +237,19 @@ def test_chosen_size_is_what_pictures_are_made_into(network, pictures, tmp_path,
     assert list(network.preprocessing["input_size"]) == [3, 64, 64]
 
 
+def test_8_bits_take_the_images_of_the_models_classes(network, pictures, tmp_path):
+    run = replace(network, weights="run", classes=[f"c{i:03d}" for i in reversed(range(10))])
+    assert [label for _, label in _labelled(run, str(pictures), None)] == [0, 9]
+    assert [label for _, label in _labelled(replace(run, classes=[*run.classes, "c010"]), str(pictures), None)] == [
+        0,
+        9,
+    ]
+    with pytest.raises(ValueError, match=r"does not know, first 'c009'.*named as the 9 classes"):
+        next(_labelled(replace(run, classes=run.classes[1:]), str(pictures), None))
+    with pytest.raises(ValueError, match=r"does not know, first 'c000'.*n01440764"):
+        next(_labelled(replace(network, classes=["tench"] * 1000), str(pictures), None))
+
+
 def test_chosen_size_of_masks_is_what_whole_images_are_resized_to(network):
     masks = replace(network, task="segmentation", preprocessing=dict(resize=[64, 64], window=None))
     assert masks.resized((48, 40)).preprocessing == dict(resize=[48, 40], window=None)
@@ -271,7 +284,7 @@ def test_8_bits_that_lose_are_refused(onnx_file, network, pictures, tmp_path):
         assert changed(onnx_file, tmp_path, network, max_loss=3.5)[1]["agreement"] == 97.0
     (tmp_path / "two" / "a").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "two" / "a" / "x.png")
-    with pytest.raises(ValueError, match="1 classes, the model 10"):
+    with pytest.raises(ValueError, match="1 class folders, the model knows 10"):
         changed(onnx_file, tmp_path, network, data=str(tmp_path / "two"))
 
 

@@ -132,6 +132,8 @@ def test_labels_are_read_in_every_form(tmp_path):
         "a_1 n99999999\n": "none of the 3 classes",
         "a_1 3\n": "none of the 3 classes",
         "a_1 0 7\n": "has the line 'a_1 0 7'",
+        "ImageId,PredictionString\na_1,n01484850 1 1 2 2\nb_2,\n": "no PredictionString for b_2; expected lines",
+        "ImageId,LabelId\na_1,n01484850\n": "no PredictionString for a_1; expected lines",
     }
     for text, message in wrong.items():
         (tmp_path / "wrong").write_text(text)
@@ -169,6 +171,26 @@ def test_weights_come_from_the_index_the_hub_or_their_address(tmp_path, monkeypa
         weights_of("davit_t", tmp_path)  # the hub is not asked in tests
     with pytest.raises(ValueError, match="did you mean"):
         verify("biformer_x", tmp_path)
+
+
+def test_folders_of_1000_other_names_are_refused(pictures, tmp_path):
+    assert len(validation_images(pictures / "folders", 1000)) == 5
+    for i in range(1000):
+        (tmp_path / str(i)).mkdir()
+    image(tmp_path / "7" / "x.png", 0)
+    with pytest.raises(ValueError, match=r"first '0'; its folders must be named as the 1000 classes .*n01440764"):
+        validation_images(tmp_path, 1000)
+    shutil.copytree(pictures / "folders" / "val", tmp_path / "val")
+    (tmp_path / "val" / ".thumbnails").mkdir()
+    with pytest.raises(ValueError, match=r"1 classes that .* does not know, first '\.thumbnails'"):
+        validation_images(tmp_path, 1000)
+
+
+def test_path_of_the_set_may_hold_any_signs(pictures, weights, tmp_path):
+    root = tmp_path / "it's {a}=set(2), [b]"
+    shutil.copytree(pictures / "folders", root)
+    found = verify("test_biformer", root, str(weights), tmp_path, overrides=["data.workers=0"])
+    assert found["images"] == 5 and not found["whole"]
 
 
 def test_published_weights_are_checked_by_the_index(tmp_path, monkeypatch):

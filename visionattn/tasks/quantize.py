@@ -9,9 +9,9 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 
-from visionattn.data.datasets import ImageFolder
 from visionattn.tasks.export import Exportable
 from visionattn.tasks.export_formats import Runner, check_domains, load_onnx, need_packages
+from visionattn.tasks.verify import class_folders
 
 RANDOM_IMAGES = 64
 MAX_LOSS = 1.0  # percent
@@ -56,10 +56,8 @@ def quantize_file(path: Path) -> None:
 
 
 def _labelled(network: Exportable, root: str, limit: int | None) -> Iterator[tuple[Tensor, int | None]]:
-    split = "val" if Path(root, "val").is_dir() else ""
-    source = ImageFolder(root, split, network.in_chans)
-    if len(source.classes) != len(network.classes):
-        raise ValueError(f"{root} has {len(source.classes)} classes, the model {len(network.classes)}")
+    names = network.classes if network.weights == "run" else None
+    source = class_folders(root, len(network.classes), names, network.in_chans)
     transform: Any = create_transform(**network.preprocessing, is_training=False)
     count = len(source) if limit is None else min(limit, len(source))
     for i in range(count):
