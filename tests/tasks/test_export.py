@@ -1,8 +1,10 @@
 """Files for other programs: what is kept, what is refused, and what reads them."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,13 +15,14 @@ import torch
 import untrained_runs
 from helpers import assert_close
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from visionattn.cli import main
 from visionattn.tasks import export_formats
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.export import Settings, compare, export, folded, from_name, from_run
+from visionattn.tasks.files import SavingError
 from visionattn.tasks.quantize import _labelled, int8
 
 
@@ -98,7 +101,53 @@ def test_safetensors_load_through_timm(tmp_path):
         timm.create_model("test_davit", pretrained=True, pretrained_cfg_overlay=overlay).state_dict() for _ in range(2)
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert json.loads(path.with_name(path.name + ".json").read_text())["form"] == "trained"
+    facts = json.loads(path.with_name(path.name + ".json").read_text())
+    assert facts["form"] == "trained" and facts["weights_sha256"] == hashlib.sha256(save(first)).hexdigest()
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("name", ["test_biformer", "test_resnet"])
+def test_safetensors_of_a_run_load_by_the_call_beside_them(name, in_chans, tmp_path, monkeypatch):
+    run = untrained_runs.classification_run(tmp_path / "run", name, tuple("abcd"), in_chans, drop_path_rate=0.1)
+    network = from_run(run)
+    facts = export(network, Settings("safetensors", size=(64, 32)), tmp_path / "weights.safetensors")
+    overlay = dict(file="weights.safetensors", num_classes=4, input_size=[in_chans, 64, 32])
+    sizes = dict(num_classes=4, in_chans=in_chans, drop_path_rate=0.1)
+    assert facts["create_model"] == dict(model_name=name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(2, in_chans, 64, 32)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(**facts["create_model"]).eval()(x), network.model(x))
+
+
+def test_safetensors_that_timm_does_not_load_are_not_kept(tmp_path):
+    network = from_name("test_davit", random_weights=True)
+    with pytest.raises(ValueError, match="timm does not load the weights again: .*unexpected keyword"):
+        export(replace(network, arguments=dict(wrong=1)), Settings("safetensors"), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.st: timm reads safetensors from names that end with \.safetensors"):
+        export(network, Settings("safetensors"), tmp_path / "x.st")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torch", "safetensors"])
+def test_place_that_takes_no_file_is_named_before_the_work(network, tmp_path, monkeypatch, format):
+    monkeypatch.setitem(export_formats.WRITERS, format, lambda *arguments: pytest.fail("written all the same"))
+    monkeypatch.setattr("visionattn.tasks.export.reparameterize_model", lambda model: pytest.fail("folded"))
+    (tmp_path / "file").touch()
+    for folder in ("/proc", str(tmp_path / "file")):
+        path = Path(folder, "x.safetensors")
+        with pytest.raises(SavingError, match=f"cannot write {path}: .*write to a folder that this user may write to"):
+            export(network, Settings(format), path)
+
+
+def test_missing_data_is_said_as_it_is(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(export_formats.WRITERS, "torch", lambda model, *arguments: model)
+
+    def change(path, network):
+        return dict(images=len(list(_labelled(network, str(tmp_path / "none"), None))))
+
+    with pytest.raises(FileNotFoundError, match="^no dataset folder"):
+        export(network, Settings("torch"), tmp_path / "x.pt2", change)
 
 
 @pytest.mark.parametrize(("name", "changes"), [("test_patnet", True), ("test_biformer", False)])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,13 +17,17 @@ import visionattn
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import full_name, sha256
 from visionattn.tasks.config import write_text
-from visionattn.tasks.export_formats import FREE, INPUT, OPSET, OUTPUT, WRITERS, Runner
-from visionattn.tasks.inference import load_model, load_run
+from visionattn.tasks.export_formats import FREE, INPUT, OPSET, OUTPUT, WRITERS, Runner, weights_digest
+from visionattn.tasks.files import replaced
+from visionattn.tasks.inference import load_model, load_run, read_checkpoint
 from visionattn.tasks.kinds import kind_of
+from visionattn.tasks.networks import TIMM
 
 TASKS = ("classification", "segmentation")
 ORIGINS = ("published", "file", "random", "run")
 TOLERANCE = 1e-3
+_STATED = {"_target_", "model_name", "num_classes", "in_chans", "aux_head"}  # elsewhere, or of training alone
+_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -43,6 +46,8 @@ class Exportable:
         checkpoint: File of the weights, if it is known.
         threshold: Of a mask of one class: probability from which a pixel belongs to it.
         weights: Where they come from, one of ``ORIGINS``.
+        arguments: Of ``timm.create_model`` beyond name, weights, classes and channels; None where it cannot build the
+            network.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Exportable:
     checkpoint: str | None = None
     threshold: float | None = None
     weights: str = "run"
+    arguments: dict[str, Any] | None = None
 
     def resized(self, size: tuple[int, int]) -> "Exportable":
         """The same network for images of another height and width in pixels, as its preprocessing then makes them."""
@@ -98,18 +104,23 @@ def from_name(name: str, checkpoint: str | None = None, random_weights: bool = F
     if random_weights:
         model: Any = visionattn.create_model(name).eval()
         classes = [str(i) for i in range(model.num_classes)]
-        return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None, "random")
+        return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None, "random", {})
     try:
         loaded = load_model(name, checkpoint)
     except RuntimeError as error:
         raise ValueError(f"{name}: {error}; give --checkpoint FILE, or --random-weights to try the format") from error
-    return _classifier(
-        loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint, "file" if checkpoint else "published"
-    )
+    weights = "file" if checkpoint else "published"
+    return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint, weights, {})
 
 
 def _classifier(
-    name: str, model: Any, classes: list[str], data: dict[str, Any], checkpoint: str | None, weights: str
+    name: str,
+    model: Any,
+    classes: list[str],
+    data: dict[str, Any],
+    checkpoint: str | None,
+    weights: str,
+    arguments: dict[str, Any] | None,
 ) -> Exportable:
     channels, height, width = data["input_size"]
     cfg = getattr(getattr(model, "backbone", model), "pretrained_cfg", None) or {}
@@ -124,7 +135,17 @@ def _classifier(
         preprocessing={key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
         checkpoint=checkpoint,
         weights=weights,
+        arguments=arguments,
     )
+
+
+def _arguments(run: str | Path) -> dict[str, Any] | None:
+    """``Exportable.arguments`` of a run of classification."""
+    _, hparams, _ = read_checkpoint(run, averaged=None)
+    model = dict(hparams["model"])
+    if model.get("_target_", TIMM) != TIMM:
+        return None
+    return {k: v for k, v in model.items() if k not in _STATED | _WEIGHTS and v is not None}
 
 
 def from_run(run: str | Path, averaged: bool | None = None) -> Exportable:
@@ -142,7 +163,9 @@ def from_run(run: str | Path, averaged: bool | None = None) -> Exportable:
     task = kind_of(run)
     if task == "classification":
         loaded = load_run(run, averaged)
-        return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, loaded.checkpoint, "run")
+        how = loaded.data_config
+        arguments = _arguments(run)
+        return _classifier(loaded.name, loaded.model, loaded.classes, how, loaded.checkpoint, "run", arguments)
     if task != "segmentation":
         raise ValueError(f"{run} is of the task {task}; runs of {' and '.join(TASKS)} can be exported")
     from visionattn.tasks.segmentation_inference import load_masker
@@ -283,7 +306,7 @@ def _of_size(network: Exportable, settings: Settings) -> Exportable:
     return network.resized(size)
 
 
-def facts_of(network: Exportable, settings: Settings, is_folded: bool) -> dict[str, Any]:
+def facts_of(network: Exportable, settings: Settings, is_folded: bool, file: str) -> dict[str, Any]:
     """What lies in and beside a file: input, output, classes, preprocessing, versions and digest of the weights."""
     axes: list[Any] = [settings.batch, network.in_chans, *network.size]
     for axis in FREE[settings.free]:
@@ -300,7 +323,7 @@ def facts_of(network: Exportable, settings: Settings, is_folded: bool) -> dict[s
         classes=network.classes,
         preprocessing=network.preprocessing,
         versions=_versions(),
-        weights_sha256=sha256(network.checkpoint) if network.checkpoint else None,
+        weights_sha256=sha256(network.checkpoint) if network.checkpoint else weights_digest(network.model),
     )
     if network.threshold is not None:
         facts["threshold"] = network.threshold
@@ -308,6 +331,12 @@ def facts_of(network: Exportable, settings: Settings, is_folded: bool) -> dict[s
         facts["opset"] = OPSET
     if settings.format == "torch" and settings.free == "all":
         facts["imports"] = ["visionattn"]  # its operators, see ``export_formats.trace``
+    if settings.format == "safetensors" and network.arguments is not None:
+        sizes = dict(num_classes=len(network.classes), in_chans=network.in_chans)
+        # timm drops a classifier, and adapts a first layer, that the configuration of the weights does not state
+        overlay = dict(file=file, num_classes=len(network.classes), input_size=[network.in_chans, *network.size])
+        call = dict(model_name=network.name, pretrained=True, pretrained_cfg_overlay=overlay)
+        facts["create_model"] = call | sizes | network.arguments
     return facts
 
 
@@ -333,20 +362,23 @@ def export(
 
     Raises:
         ImportError: Packages of the format are missing.
+        SavingError: The file cannot be written there.
         ValueError: The model cannot be exported like this, or the file's outputs differ.
     """
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; give the name of a file")
+    if settings.format == "safetensors" and output.suffix != ".safetensors":
+        raise ValueError(f"--output {output}: timm reads safetensors from names that end with .safetensors only")
     network = _of_size(network, settings)
     batch = max(settings.batch, 2) if settings.free != "none" else settings.batch
     shape = (batch, network.in_chans, *network.size)
     model: nn.Module = network.model.eval().requires_grad_(False)
-    form, is_folded = (model, False) if settings.format == "safetensors" else folded(model, shape, settings.tolerance)
-    facts = facts_of(network, settings, is_folded)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.part")
-    try:
+    with replaced(output) as temporary:
+        temporary.touch()  # a place that takes no file is named before the work
+        keep = settings.format == "safetensors"
+        form, is_folded = (model, False) if keep else folded(model, shape, settings.tolerance)
+        facts = facts_of(network, settings, is_folded, output.name)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         run = WRITERS[settings.format](form, images, settings.free, temporary, json.dumps(facts))
         found = compare(model, run, shapes_to_check(settings.free, batch, network.in_chans, network.size))
@@ -358,8 +390,5 @@ def export(
         facts |= dict(largest_difference=found.largest, relative_difference=found.relative, compared_at=found.shapes)
         facts |= change(temporary, network) if change else {}
         facts |= dict(file=output.name, bytes=temporary.stat().st_size, sha256=sha256(temporary))
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     write_text(output.with_name(output.name + ".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts
