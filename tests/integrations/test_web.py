@@ -12,6 +12,7 @@ from made_up_runs import train_runs
 from PIL import Image
 from safetensors.torch import save_file
 
+from visionattn import _files
 from visionattn.cli import main
 from visionattn.integrations.web import build_page, check_address, describe
 from visionattn.integrations.web_answers import answer, regions
@@ -88,6 +89,11 @@ def test_backbones_say_where_their_weights_come_from(tmp_path, monkeypatch):
     labels = [choice.label for choice in found]
     assert labels[:2] == ["nat_mini (published weights)", "test_nat (weights of mine.safetensors)"]
     assert set(labels[2:]) == {f"{name} (random weights)" for name in ("nat_b", "nat_s", "nat_t", "test_biformer")}
+    index = tmp_path / "hub" / "index.csv"
+    index.write_text(f"name,source_sha256,source_url\nnat_mini.in1k,{'0' * 64},{cfg.url}\n")
+    monkeypatch.setattr(_files, "index_path", lambda: index)
+    with pytest.raises(ValueError, match=r"nat_mini\.in1k\.pth has SHA-256 .* says 0000"):
+        load(found[0])
     expected = timm.create_model("test_nat")
     expected.load_state_dict(load(found[1]).model.state_dict())
     assert not any(choice.label.startswith("test_") for choice in model_choices())

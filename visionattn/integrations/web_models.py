@@ -135,8 +135,13 @@ def published_file(name: str, folder: str | Path = "checkpoints") -> Path | None
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.tag:
         return None
-    files = (Path(folder, f"{name}.{cfg.tag}.safetensors"), download_folder() / download_name(cfg))
-    return next((file for file in files if file.is_file()), None)
+    files = (Path(folder, f"{name}.{cfg.tag}.safetensors"), _downloaded(name))
+    return next((file for file in files if file is not None and file.is_file()), None)
+
+
+def _downloaded(name: str) -> Path | None:
+    cfg = timm.models.get_pretrained_cfg(name)
+    return download_folder() / download_name(cfg) if cfg and cfg.url else None
 
 
 @lru_cache(maxsize=_LOADED)
@@ -155,6 +160,8 @@ def load(choice: Choice) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return load_model(str(choice.model), pretrained=False)
+    if choice.checkpoint == _downloaded(str(choice.model)):
+        return load_model(str(choice.model))  # which checks what it downloaded
     if choice.checkpoint.parent.joinpath("index.csv").is_file():
         verify_checkpoint(choice.checkpoint)
     return load_model(str(choice.model), str(choice.checkpoint))
