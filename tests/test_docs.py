@@ -11,6 +11,7 @@ By the language of a block:
 Blocks behind ``<!-- runs: NAME -->`` run together, in their order, as a user runs them (``test_first_steps``).
 """
 
+import ast
 import json
 import re
 import shlex
@@ -21,7 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
+from PIL import Image
+from timm.data import create_transform
 
 from visionattn.cli import parse
 from visionattn.tasks.config import config_folder
@@ -100,6 +104,20 @@ def test_python_runs(block, tmp_path, monkeypatch):
         return
     monkeypatch.chdir(tmp_path)  # for what a block writes
     exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.925, 0.95, 0.975, 1.0])
+def test_serving_code_makes_the_pixels_of_timm(crop_pct):
+    (code,) = [block.body for block in PYTHON if "def prepare(" in block.body]
+    (function,) = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+    for size in ((224, 224), (64, 64), (64, 96)):
+        how = dict(input_size=(3, *size), crop_pct=crop_pct, interpolation="bicubic", mean=(0.4,) * 3, std=(0.3,) * 3)
+        names = dict(how=how, np=np, Image=Image)
+        exec(ast.unparse(function), names)
+        for shape in ((80, 121, 3), (333, 250, 3)):
+            picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8))
+            expected = create_transform(**how, is_training=False)(picture).numpy()[None]
+            np.testing.assert_allclose(names["prepare"](picture), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)

@@ -45,6 +45,25 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
+def saving(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Say of every error of the system in the block that ``path`` could not be written.
+
+    Args:
+        path: The file or folder.
+        needed: Bytes that it takes, for the message.
+
+    Raises:
+        SavingError: A full or read-only disk, a folder without permission, a path that is no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SavingError) or error.errno is None:  # without a number it is a message of our own
+            raise
+        raise _saving_error(path, error, needed) from error
+
+
+@contextmanager
 def replaced(path: Path, needed: int | None = None) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when the block ends without an error.
 
@@ -62,7 +81,7 @@ def replaced(path: Path, needed: int | None = None) -> Iterator[Path]:
         SavingError: A full or read-only disk, a folder without permission, a path that is no folder.
     """
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
+    with saving(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -72,10 +91,6 @@ def replaced(path: Path, needed: int | None = None) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # some file systems sync no folders
             _sync(path.parent)
-    except OSError as error:
-        if isinstance(error, SavingError):
-            raise
-        raise _saving_error(path, error, needed) from error
 
 
 def _alive(process: int) -> bool:

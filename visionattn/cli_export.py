@@ -65,7 +65,7 @@ def _to_file(args: argparse.Namespace, network: Any) -> None:
     if args.int8:
         from visionattn.tasks.quantize import int8
 
-        change = int8(size or network.size, args.data, args.pictures, args.max_loss)
+        change = int8(args.data, args.pictures, args.max_loss)
     facts = export(network, settings, args.output, change)
     shape = " x ".join(str(side) for side in facts["input"]["shape"])
     opset = f", opset {facts['opset']}" if "opset" in facts else ""

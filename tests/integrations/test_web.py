@@ -1,6 +1,7 @@
 """What stands behind the web page: its list of models, its answers, its refusals. The page itself: test_web_browser."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from made_up_runs import train_runs
 from PIL import Image
 from safetensors.torch import save_file
 
+from visionattn import _files
 from visionattn.cli import main
 from visionattn.integrations.web import build_page, check_address, describe
 from visionattn.integrations.web_answers import answer, regions
 from visionattn.integrations.web_examples import example_pictures
 from visionattn.integrations.web_models import Choice, find_runs, load, model_choices, run_choices
+from visionattn.models._weights import fetch_weights
 from visionattn.tasks.grounding_inference import predict_answers
 from visionattn.tasks.segmentation_inference import predict_masks
 
@@ -77,13 +80,20 @@ def test_backbones_say_where_their_weights_come_from(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     file = tmp_path / "mine.safetensors"
     save_file(timm.create_model("test_nat").state_dict(), file)
-    cached = tmp_path / "hub" / "checkpoints" / timm.models.get_pretrained_cfg("nat_mini").url.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
-    cached.touch()
+    cached = tmp_path / "hub" / "checkpoints" / "nat_mini.in1k.pth"
+    cfg = timm.models.get_pretrained_cfg("nat_mini")
+    served = tmp_path / "served.pth"
+    served.touch()
+    assert fetch_weights(replace(cfg, url=served.as_uri())) == (str(cached), served.as_uri())
     found = model_choices(["nat_*", "test_biformer"], {"test_nat": str(file)})
     labels = [choice.label for choice in found]
     assert labels[:2] == ["nat_mini (published weights)", "test_nat (weights of mine.safetensors)"]
     assert set(labels[2:]) == {f"{name} (random weights)" for name in ("nat_b", "nat_s", "nat_t", "test_biformer")}
+    index = tmp_path / "hub" / "index.csv"
+    index.write_text(f"name,source_sha256,source_url\nnat_mini.in1k,{'0' * 64},{cfg.url}\n")
+    monkeypatch.setattr(_files, "index_path", lambda: index)
+    with pytest.raises(ValueError, match=r"nat_mini\.in1k\.pth has SHA-256 .* says 0000"):
+        load(found[0])
     expected = timm.create_model("test_nat")
     expected.load_state_dict(load(found[1]).model.state_dict())
     assert not any(choice.label.startswith("test_") for choice in model_choices())

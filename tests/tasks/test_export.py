@@ -1,7 +1,10 @@
 """Files for other programs: what is kept, what is refused, and what reads them."""
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,14 +15,15 @@ import torch
 import untrained_runs
 from helpers import assert_close
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from visionattn._writing import SavingError
 from visionattn.cli import main
 from visionattn.tasks import export_formats
 from visionattn.tasks.checkpoints import sha256
 from visionattn.tasks.export import Settings, compare, export, folded, from_name, from_run
-from visionattn.tasks.quantize import int8
+from visionattn.tasks.quantize import _labelled, int8
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,53 @@ def test_safetensors_load_through_timm(tmp_path):
         timm.create_model("test_davit", pretrained=True, pretrained_cfg_overlay=overlay).state_dict() for _ in range(2)
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert json.loads(path.with_name(path.name + ".json").read_text())["form"] == "trained"
+    facts = json.loads(path.with_name(path.name + ".json").read_text())
+    assert facts["form"] == "trained" and facts["weights_sha256"] == hashlib.sha256(save(first)).hexdigest()
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("name", ["test_biformer", "test_resnet"])
+def test_safetensors_of_a_run_load_by_the_call_beside_them(name, in_chans, tmp_path, monkeypatch):
+    run = untrained_runs.classification_run(tmp_path / "run", name, tuple("abcd"), in_chans, drop_path_rate=0.1)
+    network = from_run(run)
+    facts = export(network, Settings("safetensors", size=(64, 32)), tmp_path / "weights.safetensors")
+    overlay = dict(file="weights.safetensors", num_classes=4, input_size=[in_chans, 64, 32])
+    sizes = dict(num_classes=4, in_chans=in_chans, drop_path_rate=0.1)
+    assert facts["create_model"] == dict(model_name=name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(2, in_chans, 64, 32)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(**facts["create_model"]).eval()(x), network.model(x))
+
+
+def test_safetensors_that_timm_does_not_load_are_not_kept(tmp_path):
+    network = from_name("test_davit", random_weights=True)
+    with pytest.raises(ValueError, match="timm does not load the weights again: .*unexpected keyword"):
+        export(replace(network, arguments=dict(wrong=1)), Settings("safetensors"), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.st: timm reads safetensors from names that end with \.safetensors"):
+        export(network, Settings("safetensors"), tmp_path / "x.st")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torch", "safetensors"])
+def test_place_that_takes_no_file_is_named_before_the_work(network, tmp_path, monkeypatch, format):
+    monkeypatch.setitem(export_formats.WRITERS, format, lambda *arguments: pytest.fail("written all the same"))
+    monkeypatch.setattr("visionattn.tasks.export.reparameterize_model", lambda model: pytest.fail("folded"))
+    (tmp_path / "file").touch()
+    for folder in ("/proc", str(tmp_path / "file")):
+        path = Path(folder, "x.safetensors")
+        with pytest.raises(SavingError, match=f"cannot write {path}: .*write to a folder that this user may write to"):
+            export(network, Settings(format), path)
+
+
+def test_missing_data_is_said_as_it_is(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(export_formats.WRITERS, "torch", lambda model, *arguments: model)
+
+    def change(path, network):
+        return dict(images=len(list(_labelled(network, str(tmp_path / "none"), None))))
+
+    with pytest.raises(FileNotFoundError, match="^no dataset folder"):
+        export(network, Settings("torch"), tmp_path / "x.pt2", change)
 
 
 @pytest.mark.parametrize(("name", "changes"), [("test_patnet", True), ("test_biformer", False)])
@@ -160,6 +210,8 @@ def test_operators_of_other_domains_are_named():
         (["test_nat", "--random-weights", "--batch", "0"], "must be positive"),
         (["test_nat", "--random-weights", "--format", "torch", "--int8"], "--int8 is for --format onnx"),
         (["test_nat", "--random-weights", "--data", "x"], "add --int8"),
+        (["test_nat", "--random-weights", "--int8", "--images", "0"], "--images 0: .* at least 1 image"),
+        (["test_nat", "--random-weights", "--int8", "--images", "-3"], "--images -3: .* at least 1 image"),
         (["test_nat", "--random-weights", "--push", "a/b"], "--push is for"),
         (["--run", "nowhere"], "no checkpoint at"),
     ],
@@ -204,7 +256,7 @@ def changed(onnx_file, folder, network, **options):
     """Facts of the 8-bit copy of the file."""
     path = folder / "copy.onnx"
     shutil.copy(onnx_file[0], path)
-    return path, int8((64, 64), **options)(path, network)["int8"]
+    return path, int8(**options)(path, network)["int8"]
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +269,40 @@ def pictures(tmp_path_factory):
         pixels = np.random.RandomState(i).randint(0, 255, (70, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "val" / f"c{i:03d}" / "x.png")
     return root
+
+
+def test_chosen_size_is_what_pictures_are_made_into(network, pictures, tmp_path, monkeypatch):
+    def write(model, images, free, path, facts):
+        path.write_bytes(b"x")
+        return model
+
+    def measured(path, network):
+        return dict(seen=list(next(_labelled(network, pictures, 1))[0].shape))
+
+    monkeypatch.setitem(export_formats.WRITERS, "torch", write)
+    facts = export(network, Settings("torch", size=(48, 40)), tmp_path / "model.pt2", measured)
+    assert facts["input"]["shape"] == facts["seen"] == [1, 3, 48, 40]
+    assert facts["preprocessing"] == network.preprocessing | dict(input_size=[3, 48, 40])
+    assert list(network.preprocessing["input_size"]) == [3, 64, 64]
+
+
+def test_8_bits_take_the_images_of_the_models_classes(network, pictures, tmp_path):
+    run = replace(network, weights="run", classes=[f"c{i:03d}" for i in reversed(range(10))])
+    assert [label for _, label in _labelled(run, str(pictures), None)] == [0, 9]
+    assert [label for _, label in _labelled(replace(run, classes=[*run.classes, "c010"]), str(pictures), None)] == [
+        0,
+        9,
+    ]
+    with pytest.raises(ValueError, match=r"does not know, first 'c009'.*named as the 9 classes"):
+        next(_labelled(replace(run, classes=run.classes[1:]), str(pictures), None))
+    with pytest.raises(ValueError, match=r"does not know, first 'c000'.*n01440764"):
+        next(_labelled(replace(network, classes=["tench"] * 1000), str(pictures), None))
+
+
+def test_chosen_size_of_masks_is_what_whole_images_are_resized_to(network):
+    masks = replace(network, task="segmentation", preprocessing=dict(resize=[64, 64], window=None))
+    assert masks.resized((48, 40)).preprocessing == dict(resize=[48, 40], window=None)
+    assert replace(masks, preprocessing=dict(resize=None)).resized((48, 40)).preprocessing == dict(resize=None)
 
 
 @pytest.mark.slow
@@ -247,7 +333,7 @@ def test_8_bits_that_lose_are_refused(onnx_file, network, pictures, tmp_path):
         assert changed(onnx_file, tmp_path, network, max_loss=3.5)[1]["agreement"] == 97.0
     (tmp_path / "two" / "a").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "two" / "a" / "x.png")
-    with pytest.raises(ValueError, match="1 classes, the model 10"):
+    with pytest.raises(ValueError, match="1 class folders, the model knows 10"):
         changed(onnx_file, tmp_path, network, data=str(tmp_path / "two"))
 
 

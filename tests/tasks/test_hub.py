@@ -12,10 +12,12 @@ import untrained_runs
 from timm.models import save_for_hf
 from torch import nn
 
+from visionattn._writing import SavingError
 from visionattn.cli import main
 from visionattn.tasks import hub
 from visionattn.tasks.cards import card, card_text, papers
-from visionattn.tasks.export import Exportable, from_name, from_run
+from visionattn.tasks.export import Exportable, Settings, export, from_name, from_run
+from visionattn.tasks.networks import make_classifier
 
 
 def same_outputs(first, second, channels, size=64):
@@ -66,6 +68,33 @@ def test_run_becomes_a_folder_that_timm_loads(tmp_path, capsys):
     assert "validation loss 0.9000" in text and "arXiv:2303.08810" in text and "Published" not in text
     (run / "eval.json").write_text(json.dumps(dict(top1=60.0, top5=100.0, images=40, split="val")))
     assert "top-1 60.00 % (40 images of the split val, best checkpoint)" in card_text(card(from_run(run), run), "x")
+
+
+def test_weights_that_a_run_began_with_are_not_of_the_model(tmp_path):
+    begun = dict(pretrained_cfg_overlay=dict(file="start.pth"), pretrained_cfg="untrained", checkpoint_path="")
+    run = untrained_runs.classification_run(tmp_path / "run", in_chans=3, cache_dir="x", drop_path_rate=0.1, **begun)
+    hub.save_folder(from_run(run), tmp_path / "model", run)
+    assert from_run(run).arguments == dict(drop_path_rate=0.1)
+    assert same_outputs(from_run(run).model, timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True), 3)
+
+
+def test_run_of_a_network_around_a_backbone_is_refused(tmp_path):
+    model = dict(_target_="visionattn.heads.medusa.Medusa", backbone="test_resnet", body_dim=8, body_size=16)
+    network = make_classifier(model, 3, 1)
+    data = timm.data.resolve_model_data_config(network) | dict(input_size=[1, 64, 64], mean=[0.4], std=[0.3])
+    hparams = dict(classes=["a", "b", "c"], in_chans=1, model=model, data=data)
+    run = untrained_runs.save_run(tmp_path / "run", hparams, network)
+    with pytest.raises(SystemExit, match="Medusa test_resnet is no classifier that timm knows"):
+        main(["export", "--run", str(run), "--format", "hub", "--output", str(tmp_path / "model")])
+    export(from_run(run), Settings("safetensors"), tmp_path / "weights.safetensors")  # under its own keys
+
+
+def test_place_that_takes_no_folder_is_named(tmp_path):
+    network = from_name("test_biformer", random_weights=True)
+    (tmp_path / "file").touch()
+    for folder in (Path("/proc/model"), tmp_path / "file" / "model"):
+        with pytest.raises(SavingError, match=f"cannot write {folder}: "):
+            hub.save_folder(network, folder)
 
 
 def test_folder_is_replaced_only_by_a_model_that_loads(tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import visionattn
+from visionattn import _files
 from visionattn.cli import main
 from visionattn.data.labelled_folder import LabelledFolder, read_labels
-from visionattn.tasks import verify as verifying
 from visionattn.tasks import zoo
 from visionattn.tasks.checkpoints import COLUMNS, sha256
 from visionattn.tasks.progress import duration, tracked
@@ -132,6 +132,8 @@ def test_labels_are_read_in_every_form(tmp_path):
         "a_1 n99999999\n": "none of the 3 classes",
         "a_1 3\n": "none of the 3 classes",
         "a_1 0 7\n": "has the line 'a_1 0 7'",
+        "ImageId,PredictionString\na_1,n01484850 1 1 2 2\nb_2,\n": "no PredictionString for b_2; expected lines",
+        "ImageId,LabelId\na_1,n01484850\n": "no PredictionString for a_1; expected lines",
     }
     for text, message in wrong.items():
         (tmp_path / "wrong").write_text(text)
@@ -159,14 +161,50 @@ def test_wrong_folders_are_explained(pictures, tmp_path):
 
 
 def test_weights_come_from_the_index_the_hub_or_their_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(verifying, "download_weights", lambda url, name: tmp_path / f"{name} of {url}")
-    assert "biformer_t.in1k.pth of http" in weights_of("biformer_t", tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file, **how: Path(file).write_text(url))
+    cached = tmp_path / "checkpoints" / "biformer_t.in1k.pth"
+    assert weights_of("biformer_t", tmp_path) == str(cached) and cached.read_text().startswith("http")
     with pytest.raises(ValueError, match="no weights are published for test_biformer"):
         weights_of("test_biformer", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"davit_t\.msft_in1k cannot be had.*--checkpoint"):
         weights_of("davit_t", tmp_path)  # the hub is not asked in tests
     with pytest.raises(ValueError, match="did you mean"):
         verify("biformer_x", tmp_path)
+
+
+def test_folders_of_1000_other_names_are_refused(pictures, tmp_path):
+    assert len(validation_images(pictures / "folders", 1000)) == 5
+    for i in range(1000):
+        (tmp_path / str(i)).mkdir()
+    image(tmp_path / "7" / "x.png", 0)
+    with pytest.raises(ValueError, match=r"first '0'; its folders must be named as the 1000 classes .*n01440764"):
+        validation_images(tmp_path, 1000)
+    shutil.copytree(pictures / "folders" / "val", tmp_path / "val")
+    (tmp_path / "val" / ".thumbnails").mkdir()
+    with pytest.raises(ValueError, match=r"1 classes that .* does not know, first '\.thumbnails'"):
+        validation_images(tmp_path, 1000)
+
+
+def test_path_of_the_set_may_hold_any_signs(pictures, weights, tmp_path):
+    root = tmp_path / "it's {a}=set(2), [b]"
+    shutil.copytree(pictures / "folders", root)
+    found = verify("test_biformer", root, str(weights), tmp_path, overrides=["data.workers=0"])
+    assert found["images"] == 5 and not found["whole"]
+
+
+def test_published_weights_are_checked_by_the_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cfg, index = timm.models.get_pretrained_cfg("biformer_t"), tmp_path / "index.csv"
+    cached = tmp_path / "checkpoints" / "biformer_t.in1k.pth"
+    cached.parent.mkdir()
+    cached.write_bytes(b"other")
+    index.write_text(f"name,source_sha256,source_url\n{NAME},{'0' * 64},{cfg.url}\n")
+    monkeypatch.setattr(_files, "index_path", lambda: index)
+    with pytest.raises(ValueError, match=r"biformer_t\.in1k\.pth has SHA-256 .*, checkpoints/index\.csv says 0000"):
+        weights_of("biformer_t", tmp_path / "none")
+    index.write_text(f"name,source_sha256,source_url\n{NAME},{sha256(cached)},{cfg.url}\n")
+    assert weights_of("biformer_t", tmp_path / "none") == str(cached)
 
 
 # progress

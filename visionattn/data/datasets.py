@@ -69,7 +69,10 @@ class ImageFolder(ListedImages):
         self.classes = found if classes is None else list(classes)
         unknown = sorted(set(found) - set(self.classes))
         if unknown:
-            raise ValueError(f"{folder} has {len(unknown)} classes that training does not know, first {unknown[0]!r}")
+            raise ValueError(
+                f"{folder} has {len(unknown)} classes that training does not know, first {unknown[0]!r}; its folders "
+                f"must be named as the {len(self.classes)} classes are ({', '.join(self.classes[:3])}, ...)"
+            )
         self.in_chans = in_chans
         self.samples = [
             (os.path.join(parent, name), label)

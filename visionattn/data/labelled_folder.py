@@ -34,7 +34,9 @@ def read_labels(path: str | Path, names: list[str], classes: list[str]) -> dict[
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if rows and rows[0][0].startswith("ImageId,"):
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [[row["ImageId"], row["PredictionString"].split()[0]] for row in csv.DictReader(file)]
+            rows = [[row["ImageId"], *(row.get("PredictionString") or "").split()[:1]] for row in csv.DictReader(file)]
+        if empty := next((row for row in rows if len(row) < 2), None):
+            raise ValueError(f"{path} has no PredictionString for {empty[0]}; expected {_ACCEPTED}")
     numbers = {name: i for i, name in enumerate(classes)}
     if rows and all(len(row) == 1 for row in rows):
         if all(row[0].isdigit() for row in rows):

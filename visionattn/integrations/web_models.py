@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import timm
 import torch
 
 import visionattn
+from visionattn.models._weights import download_folder, download_name
 from visionattn.tasks.checkpoints import verify_checkpoint
 from visionattn.tasks.inference import load_model, load_run, read_checkpoint
 from visionattn.tasks.kinds import function, kind_of
@@ -130,15 +130,18 @@ def published_file(name: str, folder: str | Path = "checkpoints") -> Path | None
 
     Args:
         name: A registered model.
-        folder: Where ``visionattn convert`` writes; then PyTorch's own folder of downloads is searched.
+        folder: Where ``visionattn convert`` writes; then the folder that weights are downloaded to is searched.
     """
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.tag:
         return None
-    files = [Path(folder, f"{name}.{cfg.tag}.safetensors")]
-    if cfg.url:
-        files.append(Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(cfg.url).path).name))
-    return next((file for file in files if file.is_file()), None)
+    files = (Path(folder, f"{name}.{cfg.tag}.safetensors"), _downloaded(name))
+    return next((file for file in files if file is not None and file.is_file()), None)
+
+
+def _downloaded(name: str) -> Path | None:
+    cfg = timm.models.get_pretrained_cfg(name)
+    return download_folder() / download_name(cfg) if cfg and cfg.url else None
 
 
 @lru_cache(maxsize=_LOADED)
@@ -157,6 +160,8 @@ def load(choice: Choice) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return load_model(str(choice.model), pretrained=False)
+    if choice.checkpoint == _downloaded(str(choice.model)):
+        return load_model(str(choice.model))  # which checks what it downloaded
     if choice.checkpoint.parent.joinpath("index.csv").is_file():
         verify_checkpoint(choice.checkpoint)
     return load_model(str(choice.model), str(choice.checkpoint))

@@ -29,13 +29,23 @@ Filter = Callable[[Weights, nn.Module], Weights]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def download_folder(cache_dir: str | Path | None = None) -> Path:
+    """The folder of downloads, by default ``checkpoints`` in torch's hub folder."""
+    return Path(cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints"))
+
+
+def download_name(cfg: Any) -> str:
+    """Name there of the file at the address of a timm configuration."""
+    return f"{cfg.architecture}.{cfg.tag or 'default'}.pth"
+
+
 def download_weights(url: str, name: str, cache_dir: str | Path | None = None, digest: str | None = None) -> Path:
     """Fetch a checkpoint once, under a name of its own.
 
     Args:
         url: Address of the file.
         name: File name in the cache, unique to the weights.
-        cache_dir: Folder; ``checkpoints`` in torch's hub folder by default.
+        cache_dir: As in ``download_folder``.
         digest: SHA-256 that the file must have; where it is not known, the log shows the one that was found.
 
     Returns:
@@ -44,11 +54,10 @@ def download_weights(url: str, name: str, cache_dir: str | Path | None = None, d
     Raises:
         RuntimeError: The address does not answer with a file, or with another than the digest says.
     """
-    folder = Path(cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints"))
-    path = folder / name
+    path = download_folder(cache_dir) / name
     if path.is_file():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=True)
     except (urllib.error.URLError, OSError, ValueError, RuntimeError) as error:  # the last of another digest
@@ -88,11 +97,24 @@ def _take_digest(kwargs: dict[str, Any]) -> str | None:
     return _files.check_digest_text(text, "pretrained_cfg_overlay: sha256")
 
 
-def _fetch(cfg: Any, stated: str | None, cache_dir: str | Path | None) -> tuple[str, str]:
-    """File of the weights and the address that it came from; of a file on the hub only if its digest is known.
+def fetch_weights(
+    cfg: Any, stated: str | None = None, cache_dir: str | Path | None = None, unchecked_hub: bool = True
+) -> tuple[str, str]:
+    """File of a configuration's weights, downloaded if need be and with the digest that is known of it.
+
+    Args:
+        cfg: timm's configuration.
+        stated: SHA-256 that the file must have; by default that of the index of converted checkpoints, if it has one.
+        cache_dir: Folder of downloads.
+        unchecked_hub: Also fetch a file of the hub whose digest is not known, which timm does itself.
+
+    Returns:
+        The file and the address that it came from; empty where there is none.
 
     Raises:
-        ValueError: The file has another digest than the overlay or the index of converted checkpoints states.
+        FileNotFoundError: There is no such file.
+        RuntimeError: It cannot be downloaded.
+        ValueError: It has another digest than the overlay or the index states.
     """
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
     address = "" if cfg.file else cfg.hf_hub_id or cfg.url or ""
@@ -102,9 +124,9 @@ def _fetch(cfg: Any, stated: str | None, cache_dir: str | Path | None) -> tuple[
     if cfg.file:
         path = str(cfg.file)
     elif cfg.hf_hub_id:
-        path = _hub_file(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir) if digest else ""
+        path = _hub_file(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir) if digest or unchecked_hub else ""
     elif cfg.url:
-        path = str(download_weights(cfg.url, f"{cfg.architecture}.{cfg.tag or 'default'}.pth", cache_dir, digest))
+        path = str(download_weights(cfg.url, download_name(cfg), cache_dir, digest))
     if path and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path!r}; give the path of a .pth or .safetensors file")
     if path and digest:
@@ -185,7 +207,7 @@ def build_backbone(cls: type[Model], variant: str, pretrained: bool, filter_fn: 
     stated = _take_digest(kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not cfg.state_dict and cfg.source != "local-dir" and (stated or not cfg.source):
-        source, url = _fetch(cfg, stated, kwargs.get("cache_dir"))
+        source, url = fetch_weights(cfg, stated, kwargs.get("cache_dir"), unchecked_hub=False)
         if source:
             overlay = kwargs.get("pretrained_cfg_overlay") or {}
             kwargs["pretrained_cfg_overlay"] = {**overlay, "file": source, "source": None}

@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,20 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 import visionattn
+from visionattn._writing import replaced
 from visionattn.data.segmentation_transforms import SegmentationTransform
 from visionattn.tasks.checkpoints import full_name, sha256
 from visionattn.tasks.config import write_text
-from visionattn.tasks.export_formats import FREE, INPUT, OPSET, OUTPUT, WRITERS, Runner
-from visionattn.tasks.inference import load_model, load_run
+from visionattn.tasks.export_formats import FREE, INPUT, OPSET, OUTPUT, WRITERS, Runner, weights_digest
+from visionattn.tasks.inference import load_model, load_run, read_checkpoint
 from visionattn.tasks.kinds import kind_of
+from visionattn.tasks.networks import TIMM
 
 TASKS = ("classification", "segmentation")
 ORIGINS = ("published", "file", "random", "run")
 TOLERANCE = 1e-3
+_STATED = {"_target_", "model_name", "num_classes", "in_chans", "aux_head"}  # elsewhere, or of training alone
+_WEIGHTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -43,6 +46,8 @@ class Exportable:
         checkpoint: File of the weights, if it is known.
         threshold: Of a mask of one class: probability from which a pixel belongs to it.
         weights: Where they come from, one of ``ORIGINS``.
+        arguments: Of ``timm.create_model`` beyond name, weights, classes and channels; None where it cannot build the
+            network.
     """
 
     name: str
@@ -56,6 +61,18 @@ class Exportable:
     checkpoint: str | None = None
     threshold: float | None = None
     weights: str = "run"
+    arguments: dict[str, Any] | None = None
+
+    def resized(self, size: tuple[int, int]) -> "Exportable":
+        """The same network for images of another height and width in pixels, as its preprocessing then makes them."""
+        if size == self.size:
+            return self
+        change: dict[str, Any] = {}
+        if self.task == "classification":
+            change = dict(input_size=[self.in_chans, *size])
+        elif self.preprocessing.get("resize"):
+            change = dict(resize=list(size))
+        return replace(self, size=size, preprocessing=self.preprocessing | change)
 
 
 class _FirstOutput(nn.Module):
@@ -87,20 +104,25 @@ def from_name(name: str, checkpoint: str | None = None, random_weights: bool = F
     if random_weights:
         model: Any = visionattn.create_model(name).eval()
         classes = [str(i) for i in range(model.num_classes)]
-        return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None, "random")
+        return _classifier(full_name(model), model, classes, resolve_model_data_config(model), None, "random", {})
     try:
         loaded = load_model(name, checkpoint)
     except ValueError as error:
         if "No pretrained weights" not in str(error):
             raise
         raise ValueError(f"{error}; give --checkpoint FILE, or --random-weights to try the format") from error
-    return _classifier(
-        loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint, "file" if checkpoint else "published"
-    )
+    weights = "file" if checkpoint else "published"
+    return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, checkpoint, weights, {})
 
 
 def _classifier(
-    name: str, model: Any, classes: list[str], data: dict[str, Any], checkpoint: str | None, weights: str
+    name: str,
+    model: Any,
+    classes: list[str],
+    data: dict[str, Any],
+    checkpoint: str | None,
+    weights: str,
+    arguments: dict[str, Any] | None,
 ) -> Exportable:
     channels, height, width = data["input_size"]
     cfg = getattr(getattr(model, "backbone", model), "pretrained_cfg", None) or {}
@@ -115,7 +137,17 @@ def _classifier(
         preprocessing={key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
         checkpoint=checkpoint,
         weights=weights,
+        arguments=arguments,
     )
+
+
+def _arguments(run: str | Path) -> dict[str, Any] | None:
+    """``Exportable.arguments`` of a run of classification."""
+    _, hparams, _ = read_checkpoint(run, averaged=None)
+    model = dict(hparams["model"])
+    if model.get("_target_", TIMM) != TIMM:
+        return None
+    return {k: v for k, v in model.items() if k not in _STATED | _WEIGHTS and v is not None}
 
 
 def from_run(run: str | Path, averaged: bool | None = None) -> Exportable:
@@ -133,7 +165,9 @@ def from_run(run: str | Path, averaged: bool | None = None) -> Exportable:
     task = kind_of(run)
     if task == "classification":
         loaded = load_run(run, averaged)
-        return _classifier(loaded.name, loaded.model, loaded.classes, loaded.data_config, loaded.checkpoint, "run")
+        how = loaded.data_config
+        arguments = _arguments(run)
+        return _classifier(loaded.name, loaded.model, loaded.classes, how, loaded.checkpoint, "run", arguments)
     if task != "segmentation":
         raise ValueError(f"{run} is of the task {task}; runs of {' and '.join(TASKS)} can be exported")
     from visionattn.tasks.segmentation_inference import load_masker
@@ -264,19 +298,19 @@ class Settings:
             raise ValueError(f"batch {self.batch}, size {self.size} and tolerance {self.tolerance} must be positive")
 
 
-def _input_size(network: Exportable, settings: Settings) -> tuple[int, int]:
+def _of_size(network: Exportable, settings: Settings) -> Exportable:
     size = settings.size or network.size
     if network.fixed and (settings.free == "all" or size != network.size):
         own = "x".join(map(str, network.size))
         raise ValueError(
             f"{network.name} takes images of {own} pixels only; leave out --size, and of --dynamic take batch"
         )
-    return size
+    return network.resized(size)
 
 
-def facts_of(network: Exportable, settings: Settings, size: tuple[int, int], is_folded: bool) -> dict[str, Any]:
+def facts_of(network: Exportable, settings: Settings, is_folded: bool, file: str) -> dict[str, Any]:
     """What lies in and beside a file: input, output, classes, preprocessing, versions and digest of the weights."""
-    axes: list[Any] = [settings.batch, network.in_chans, *size]
+    axes: list[Any] = [settings.batch, network.in_chans, *network.size]
     for axis in FREE[settings.free]:
         axes[axis] = {0: "batch", 2: "height", 3: "width"}[axis]
     facts: dict[str, Any] = dict(
@@ -291,7 +325,7 @@ def facts_of(network: Exportable, settings: Settings, size: tuple[int, int], is_
         classes=network.classes,
         preprocessing=network.preprocessing,
         versions=_versions(),
-        weights_sha256=sha256(network.checkpoint) if network.checkpoint else None,
+        weights_sha256=sha256(network.checkpoint) if network.checkpoint else weights_digest(network.model),
     )
     if network.threshold is not None:
         facts["threshold"] = network.threshold
@@ -299,6 +333,12 @@ def facts_of(network: Exportable, settings: Settings, size: tuple[int, int], is_
         facts["opset"] = OPSET
     if settings.format == "torch" and settings.free == "all":
         facts["imports"] = ["visionattn"]  # its operators, see ``export_formats.trace``
+    if settings.format == "safetensors" and network.arguments is not None:
+        sizes = dict(num_classes=len(network.classes), in_chans=network.in_chans)
+        # timm drops a classifier, and adapts a first layer, that the configuration of the weights does not state
+        overlay = dict(file=file, num_classes=len(network.classes), input_size=[network.in_chans, *network.size])
+        call = dict(model_name=network.name, pretrained=True, pretrained_cfg_overlay=overlay)
+        facts["create_model"] = call | sizes | network.arguments
     return facts
 
 
@@ -324,23 +364,26 @@ def export(
 
     Raises:
         ImportError: Packages of the format are missing.
+        SavingError: The file cannot be written there.
         ValueError: The model cannot be exported like this, or the file's outputs differ.
     """
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; give the name of a file")
-    size = _input_size(network, settings)
+    if settings.format == "safetensors" and output.suffix != ".safetensors":
+        raise ValueError(f"--output {output}: timm reads safetensors from names that end with .safetensors only")
+    network = _of_size(network, settings)
     batch = max(settings.batch, 2) if settings.free != "none" else settings.batch
-    shape = (batch, network.in_chans, *size)
+    shape = (batch, network.in_chans, *network.size)
     model: nn.Module = network.model.eval().requires_grad_(False)
-    form, is_folded = (model, False) if settings.format == "safetensors" else folded(model, shape, settings.tolerance)
-    facts = facts_of(network, settings, size, is_folded)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.part")
-    try:
+    with replaced(output) as temporary:
+        temporary.touch()  # a place that takes no file is named before the work
+        keep = settings.format == "safetensors"
+        form, is_folded = (model, False) if keep else folded(model, shape, settings.tolerance)
+        facts = facts_of(network, settings, is_folded, output.name)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         run = WRITERS[settings.format](form, images, settings.free, temporary, json.dumps(facts))
-        found = compare(model, run, shapes_to_check(settings.free, batch, network.in_chans, size))
+        found = compare(model, run, shapes_to_check(settings.free, batch, network.in_chans, network.size))
         if found.relative > settings.tolerance:
             raise ValueError(
                 f"not kept: the {settings.format} file's outputs differ from the model's by {found.relative:.1e} of "
@@ -349,8 +392,5 @@ def export(
         facts |= dict(largest_difference=found.largest, relative_difference=found.relative, compared_at=found.shapes)
         facts |= change(temporary, network) if change else {}
         facts |= dict(file=output.name, bytes=temporary.stat().st_size, sha256=sha256(temporary))
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     write_text(output.with_name(output.name + ".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts

@@ -4,6 +4,8 @@ Models are traced through the plain form of the operators (``reference.py``), so
 operators alone and run without this package. The exception is ``torch.export`` with free height and width (``trace``).
 """
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -15,7 +17,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from visionattn.ops import use_backend
@@ -210,16 +214,49 @@ def load_onnx(path: Path) -> Runner:
 
 
 def write_safetensors(model: nn.Module, images: Tensor, free: str, path: Path, facts: str) -> Runner:
-    """The weights alone, under the model's own keys; ``timm`` loads them with ``pretrained_cfg_overlay``."""
-    from safetensors.torch import load_file, save_file
+    """The weights alone, under the model's own keys, loaded again by the call that ``facts`` state as ``create_model``.
 
-    weights = getattr(model, "network", model).state_dict()  # without the wrapper of networks for masks
-    save_file({key: x.detach().contiguous().clone() for key, x in weights.items()}, path, {"visionattn": facts})
+    Raises:
+        ValueError: timm does not load the file with that call.
+    """
+    named, call = path.with_name(path.name + ".safetensors"), json.loads(facts).get("create_model")
+    try:
+        named.write_bytes(_packed(model, {"visionattn": facts}))  # timm knows the format by the ending
+        again = _emptied(model, named) if call is None else _by_timm(call, named)
+        named.replace(path)
+    finally:
+        named.unlink(missing_ok=True)
+    return again
+
+
+def _emptied(model: nn.Module, path: Path) -> nn.Module:
     again = deepcopy(model)
     for x in again.state_dict().values():
         x.detach().zero_()
-    getattr(again, "network", again).load_state_dict(load_file(path))
+    _unwrapped(again).load_state_dict(load_file(path))
     return again
+
+
+def _by_timm(call: dict[str, Any], path: Path) -> nn.Module:
+    overlay = call["pretrained_cfg_overlay"] | dict(file=str(path))
+    try:
+        return timm.create_model(**call | dict(pretrained_cfg_overlay=overlay)).eval()
+    except Exception as error:  # of timm and the models, which raise a dozen types
+        raise ValueError(f"timm does not load the weights again: {' '.join(str(error).split())[-200:]}") from error
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    return getattr(model, "network", model)  # without the wrapper of networks for masks
+
+
+def _packed(model: nn.Module, metadata: dict[str, str] | None = None) -> bytes:
+    weights = _unwrapped(model).state_dict()
+    return save({key: x.detach().contiguous().clone() for key, x in weights.items()}, metadata)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of what ``safetensors.torch.save`` makes of the weights under the model's own keys."""
+    return hashlib.sha256(_packed(model)).hexdigest()
 
 
 WRITERS: dict[str, Callable[[nn.Module, Tensor, str, Path, str], Runner]] = {

@@ -9,34 +9,27 @@ import timm
 import torch
 from timm.models import push_to_hf_hub, save_for_hf
 
+from visionattn._writing import saving
 from visionattn.tasks.cards import card, card_text
 from visionattn.tasks.export import Exportable, compare
-from visionattn.tasks.inference import read_checkpoint
 
 FILES = ("config.json", "model.safetensors", "README.md")
 
 
-def model_arguments(run: str | Path) -> dict[str, Any]:
-    """Arguments of the model of a run beyond timm's name, weights and classes."""
-    _, hparams, _ = read_checkpoint(run, averaged=None)
-    left_out = ("_target_", "model_name", "pretrained", "num_classes", "in_chans", "aux_head")
-    return {k: v for k, v in dict(hparams["model"]).items() if k not in left_out and v is not None}
-
-
-def _described(network: Exportable, arguments: dict[str, Any] | None) -> dict[str, Any]:
+def _described(network: Exportable) -> dict[str, Any]:
     """What timm writes into ``config.json`` beyond what it knows of the model.
 
     Raises:
         ValueError: The network is no registered model, or no classifier.
     """
-    cfg = getattr(network.model, "pretrained_cfg", None)
-    if network.task != "classification" or not cfg or not timm.is_model(cfg.get("architecture", "")):
-        raise ValueError(f"{network.name} is no classifier that timm knows by name, so no hub can build it; use onnx")
+    if network.arguments is None:
+        kind = type(network.model).__name__
+        raise ValueError(f"{kind} {network.name} is no classifier that timm knows, so no hub can build it; use onnx")
     how = {key: tuple(x) if isinstance(x, list) else x for key, x in network.preprocessing.items()}
     numbers = [str(i) for i in range(len(network.classes))]
     named = network.classes != numbers and len(set(network.classes)) == len(network.classes)
     names = dict(label_names=network.classes) if named else {}
-    args = dict(arguments or {})
+    args = dict(network.arguments)
     if network.in_chans != 3:
         args["in_chans"] = network.in_chans
     return dict(model_config=dict(pretrained_cfg=how, num_classes=len(network.classes), **names), model_args=args)
@@ -59,26 +52,28 @@ def save_folder(
         ``config.json``.
 
     Raises:
+        SavingError: The folder cannot be written.
         ValueError: A network that timm cannot build by name, a file in the place of the folder, or a model that differs
             after loading.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file; the format hub writes a folder")
-    described = _described(network, model_arguments(run) if run is not None else None)
+    described = _described(network)
     facts = card(network, run, licence)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-        made = Path(name)
-        save_for_hf(network.model, name, safe_serialization=True, **described)
-        (made / "README.md").write_text(card_text(facts, network.name), encoding="utf-8")
-        again = timm.create_model(f"local-dir:{name}", pretrained=True).eval()
-        found = compare(network.model, again, [[2, network.in_chans, *network.size]])
-        if found.relative > 1e-5:
-            raise ValueError(f"the model that timm loads again differs by {found.relative:.1e} of the outputs' RMS")
-        folder.mkdir(exist_ok=True)
-        for file in FILES:
-            os.replace(made / file, folder / file)
+    with saving(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+            made = Path(name)
+            save_for_hf(network.model, name, safe_serialization=True, **described)
+            (made / "README.md").write_text(card_text(facts, network.name), encoding="utf-8")
+            again = timm.create_model(f"local-dir:{name}", pretrained=True).eval()
+            found = compare(network.model, again, [[2, network.in_chans, *network.size]])
+            if found.relative > 1e-5:
+                raise ValueError(f"the model that timm loads again differs by {found.relative:.1e} of the outputs' RMS")
+            folder.mkdir(exist_ok=True)
+            for file in FILES:
+                os.replace(made / file, folder / file)
     return facts
 
 
@@ -109,7 +104,7 @@ def push(
     owner, slash, name = repository.partition("/")
     if not (owner and slash and name) or "/" in name:
         raise ValueError(f"--push {repository}: expected OWNER/NAME")
-    described = _described(network, model_arguments(run) if run is not None else None)
+    described = _described(network)
     facts = card(network, run, licence)
     with torch.no_grad():
         commit = push_to_hf_hub(

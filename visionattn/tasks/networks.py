@@ -10,7 +10,7 @@ from torch import nn
 import visionattn
 
 _HEADS = "visionattn.heads."
-_TIMM = "timm.create_model"
+TIMM = "timm.create_model"
 
 
 def head_class(target: str) -> type[nn.Module]:
@@ -71,7 +71,7 @@ def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) 
     """
     given = {key: value for key, value in arguments.items() if key != "_target_"}
     sizes = dict(num_classes=num_classes, in_chans=in_chans)
-    if arguments.get("_target_", _TIMM) != _TIMM:
+    if arguments.get("_target_", TIMM) != TIMM:
         return make_head(arguments, **sizes)
     if not timm.is_model(given["model_name"].split(".")[0]):
         visionattn.create_model(given["model_name"])  # raises with the nearest names

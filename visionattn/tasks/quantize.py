@@ -9,9 +9,9 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 
-from visionattn.data.datasets import ImageFolder
 from visionattn.tasks.export import Exportable
 from visionattn.tasks.export_formats import Runner, check_domains, load_onnx, need_packages
+from visionattn.tasks.verify import class_folders
 
 RANDOM_IMAGES = 64
 MAX_LOSS = 1.0  # percent
@@ -56,10 +56,8 @@ def quantize_file(path: Path) -> None:
 
 
 def _labelled(network: Exportable, root: str, limit: int | None) -> Iterator[tuple[Tensor, int | None]]:
-    split = "val" if Path(root, "val").is_dir() else ""
-    source = ImageFolder(root, split, network.in_chans)
-    if len(source.classes) != len(network.classes):
-        raise ValueError(f"{root} has {len(source.classes)} classes, the model {len(network.classes)}")
+    names = network.classes if network.weights == "run" else None
+    source = class_folders(root, len(network.classes), names, network.in_chans)
     transform: Any = create_transform(**network.preprocessing, is_training=False)
     count = len(source) if limit is None else min(limit, len(source))
     for i in range(count):
@@ -67,10 +65,10 @@ def _labelled(network: Exportable, root: str, limit: int | None) -> Iterator[tup
         yield transform(image)[None], label
 
 
-def _random(network: Exportable, size: tuple[int, int], count: int) -> Iterator[tuple[Tensor, int | None]]:
+def _random(network: Exportable, count: int) -> Iterator[tuple[Tensor, int | None]]:
     generator = torch.Generator().manual_seed(2)
     for _ in range(count):
-        yield torch.randn(1, network.in_chans, *size, generator=generator), None
+        yield torch.randn(1, network.in_chans, *network.size, generator=generator), None
 
 
 def _labels(logits: Tensor, threshold: float | None) -> Tensor:
@@ -94,7 +92,7 @@ def _measure(
 
 
 def int8(
-    size: tuple[int, int], data: str | None = None, limit: int | None = None, max_loss: float = MAX_LOSS
+    data: str | None = None, limit: int | None = None, max_loss: float = MAX_LOSS
 ) -> Callable[[Path, Exportable], dict[str, Any]]:
     """What ``export`` does to an ONNX file after it has been compared.
 
@@ -102,7 +100,6 @@ def int8(
     of their pixels, whose class stays. Random images are no measure of accuracy: they say whether the graph survived.
 
     Args:
-        size: Height and width of random images in pixels.
         data: Folder ``ROOT/CLASS/IMAGE`` or ``ROOT/val/CLASS/IMAGE``.
         limit: Images to take of it, spread over the classes; all by default. Of random ones ``RANDOM_IMAGES``.
         max_loss: Percent by which top-1 may fall, or of classes that may change.
@@ -110,7 +107,12 @@ def int8(
     Returns:
         A function that changes the file and returns ``{"int8": measurements}``; it raises ValueError where more is
         lost, or where ``data`` does not fit the network.
+
+    Raises:
+        ValueError: ``limit`` is below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--images {limit}: 8 bits are measured on at least 1 image; leave it out for all of them")
 
     def change(path: Path, network: Exportable) -> dict[str, Any]:
         if data and network.task != "classification":
@@ -118,7 +120,7 @@ def int8(
         before, bytes_before = load_onnx(path), path.stat().st_size
         quantize_file(path)
         after = load_onnx(path)
-        images = _labelled(network, data, limit) if data else _random(network, size, limit or RANDOM_IMAGES)
+        images = _labelled(network, data, limit) if data else _random(network, limit or RANDOM_IMAGES)
         found = _measure(before, after, images, network.threshold)
         facts: dict[str, Any] = dict(images=found["images"], agreement=found["agreement"], bytes_before=bytes_before)
         if data:

@@ -1,28 +1,51 @@
 """Top-1 of published weights against the published figure, for the table of models."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
+from timm.models import PretrainedCfg
 
 import visionattn
 from visionattn.data.datasets import ImageFolder
 from visionattn.data.labelled_folder import LabelledFolder
-from visionattn.models._weights import download_weights
+from visionattn.models._weights import fetch_weights
 from visionattn.tasks import zoo
 from visionattn.tasks.checkpoints import full_name, read_index, verify_checkpoint
 from visionattn.tasks.config import compose, write_text
 from visionattn.tasks.inference import evaluate, load_model
-
-_SYNSET = re.compile(r"n\d{8}")
 
 
 def synsets() -> list[str]:
     """The 1000 classes of ImageNet-1K by their WordNet numbers, in label order."""
     info = ImageNetInfo("imagenet-1k")
     return [info.index_to_label_name(i) for i in range(info.num_classes())]
+
+
+def class_folders(root: str | Path, count: int, names: list[str] | None = None, in_chans: int = 3) -> ImageFolder:
+    """Images in folders of a model's classes, or of some of them.
+
+    Args:
+        root: ``ROOT/val/CLASS/IMAGE`` or ``ROOT/CLASS/IMAGE``.
+        count: Classes that the model knows.
+        names: Their folders' names in label order; by default the synsets for 1000 classes. Of other models only the
+            number of folders can be compared, and labels follow the folders' sorted names.
+        in_chans: Channels that the images are read with.
+
+    Raises:
+        FileNotFoundError: There are no images.
+        ValueError: Other classes than the model's.
+    """
+    split = "val" if Path(root, "val").is_dir() else ""
+    names = synsets() if names is None and count == 1000 else names
+    source = ImageFolder(root, split, in_chans, classes=names)
+    if len(source.classes) != count:
+        raise ValueError(
+            f"{Path(root, split)} has {len(source.classes)} class folders, the model knows {count} classes; "
+            "give the set that its weights were trained on"
+        )
+    return source
 
 
 def validation_images(root: str | Path, count: int, labels: str | Path | None = None) -> ImageFolder | LabelledFolder:
@@ -39,51 +62,40 @@ def validation_images(root: str | Path, count: int, labels: str | Path | None = 
     """
     root = Path(root)
     split = "val" if (root / "val").is_dir() else ""
-    names = synsets() if count == 1000 else None
     if labels is not None:
-        return LabelledFolder(root / split, labels, names or [str(i) for i in range(count)])
+        names = synsets() if count == 1000 else [str(i) for i in range(count)]
+        return LabelledFolder(root / split, labels, names)
     if (root / split).is_dir() and not any(entry.is_dir() for entry in (root / split).iterdir()):
         raise FileNotFoundError(f"{root / split} holds no class folders; for one folder of images give --labels FILE")
-    source = ImageFolder(root, split)
-    if names and all(_SYNSET.fullmatch(name) for name in source.classes) and len(source.classes) < count:
-        source = ImageFolder(root, split, classes=names)  # part of the set: labels are still those of the whole
-    if len(source.classes) != count:
-        raise ValueError(
-            f"{root / split} has {len(source.classes)} class folders, the model knows {count} classes; "
-            "give the set that its weights were trained on"
-        )
-    return source
+    return class_folders(root, count)
 
 
 def weights_of(name: str, folder: Path) -> str:
-    """The file of a model's published weights: that of the index if it is there, else downloaded.
+    """The file of a model's published weights: that of the index if it is there, else downloaded and checked.
 
     Args:
         name: timm name, with or without a tag.
         folder: Folder of ``index.csv``.
 
     Raises:
-        ValueError: No weights are published, or a file in the folder is not the one that the index lists.
+        ValueError: No weights are published, or a file is not the one that the index lists.
         FileNotFoundError: They cannot be had.
     """
     model: Any = visionattn.create_model(name, device="meta")
-    identifier, cfg = full_name(model), model.pretrained_cfg
+    identifier = full_name(model)
     row = read_index(folder).get(identifier)
     if row and (folder / row["file"]).is_file():
         verify_checkpoint(folder / row["file"])
         return str(folder / row["file"])
     try:
-        if cfg.get("hf_hub_id"):
-            from huggingface_hub import hf_hub_download
-
-            return hf_hub_download(cfg["hf_hub_id"], cfg.get("hf_hub_filename") or "model.safetensors")
-        if cfg.get("url"):
-            return str(download_weights(cfg["url"], f"{cfg['architecture']}.{cfg.get('tag') or 'default'}.pth"))
-    except (OSError, RuntimeError) as error:  # huggingface_hub's errors are of the first type
+        path, _ = fetch_weights(PretrainedCfg(**model.pretrained_cfg))
+    except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"the weights of {identifier} cannot be had: {error}; give --checkpoint FILE"
         ) from error
-    raise ValueError(f"no weights are published for {identifier}; give --checkpoint FILE")
+    if not path:
+        raise ValueError(f"no weights are published for {identifier}; give --checkpoint FILE")
+    return path
 
 
 def verify(
@@ -120,7 +132,8 @@ def verify(
     checkpoint = checkpoint or weights_of(name, folder)
     count = int(visionattn.create_model(name, device="meta").num_classes)
     source = validation_images(root, count, labels)
-    config = compose(["data=folder", f"data.root={root}", "data.on_error=skip", *(overrides or [])])
+    config = compose(["data=folder", "data.on_error=skip", *(overrides or [])])
+    config.data.root = str(root)  # not among the changes, in whose grammar a path may mean something else
     classifier = load_model(name, checkpoint)
     result = evaluate(classifier, config, source)
     figure = zoo.published_figures(folder).get(result["name"])
