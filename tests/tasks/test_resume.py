@@ -61,15 +61,15 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("workers", "later", "epoch", "batch"),
+    ("workers", "later", "epoch", "batch", "saved"),
     [
-        pytest.param(0, 0, 0, 1, marks=pytest.mark.thorough),
-        pytest.param(1, 2, 1, 2, marks=pytest.mark.slow),  # told between two steps: saved after the second
-        pytest.param(2, 0, 0, 4, marks=pytest.mark.thorough),  # told in an epoch's last step: saved in the next epoch
-        pytest.param(0, 1, 1, 0, marks=pytest.mark.thorough),
+        pytest.param(0, 0, 0, 1, 2, marks=pytest.mark.thorough),
+        pytest.param(1, 2, 1, 2, 4, marks=pytest.mark.slow),  # told between two steps: saved after the second
+        pytest.param(2, 0, 0, 4, 5, marks=pytest.mark.thorough),  # told in an epoch's last step: saved at its end
+        pytest.param(0, 1, 1, 0, 2, marks=pytest.mark.thorough),
     ],
 )
-def test_stopped_run_goes_on_inside_its_epoch(tmp_path, whole, monkeypatch, capsys, workers, later, epoch, batch):
+def test_stopped_run_goes_on_with_the_next_batch(tmp_path, whole, monkeypatch, workers, later, epoch, batch, saved):
     place = [f"output_dir={tmp_path}", "name=x"]
     with monkeypatch.context() as patch:
         stop_at(patch, epoch, batch)
@@ -77,7 +77,7 @@ def test_stopped_run_goes_on_inside_its_epoch(tmp_path, whole, monkeypatch, caps
             main([*ARGUMENTS, f"data.workers={workers}", *place])
     assert stopped.value.code == 143
     steps = content(tmp_path / "x")["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    assert 0 < steps["processed"] < 5
+    assert steps["processed"] == saved
     main([*ARGUMENTS, f"data.workers={later}", *place, "ckpt_path=last"])
     assert_same_run(whole, tmp_path / "x")
 

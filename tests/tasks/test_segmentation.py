@@ -63,7 +63,7 @@ def test_stops_where_nothing_gets_better(tmp_path):
     still = "trainer.max_epochs=9", "task.lr=0", "task.warmup_lr=0", "task.min_lr=0", "task.ema_decay=null"
     stopped = train(tmp_path, "c", *still, "patience=2", "model.backbone=test_nat")
     assert checkpoint(stopped)["epoch"] < 8
-    with pytest.raises(SystemExit, match="patience=0 must be at least 1"):
+    with pytest.raises(SystemExit, match="patience=0 must be a whole number of at least 1, or null"):
         train(tmp_path, "d", "patience=0")
 
 

@@ -11,7 +11,7 @@ import torch
 from visionattn.cli import main
 from visionattn.heads.medusa import Medusa
 from visionattn.tasks.inference import evaluate_run, load_run
-from visionattn.tasks.train import _check_classes
+from visionattn.tasks.resuming import read_saved
 
 SMALL = [
     "experiment=digits",
@@ -100,8 +100,12 @@ def test_bad_data_leaves_the_former_run_alone(tmp_path):
 def test_checkpoint_of_other_classes_is_not_resumed(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"hyper_parameters": {"classes": ["a", "b"]}}, path)
+    with pytest.raises(ValueError, match="no checkpoint of a training run"):
+        read_saved(path, ["a", "b"])
+    loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+    torch.save({"hyper_parameters": {"classes": ["a", "b"]}, "state_dict": {}, "loops": loops}, path)
     with pytest.raises(ValueError, match="2 classes"):
-        _check_classes(str(path), ["a", "b", "c"])
+        read_saved(path, ["a", "b", "c"])
 
 
 def test_list_names_every_model(capsys):
