@@ -10,6 +10,7 @@ import torch
 
 from visionattn.cli import main
 from visionattn.heads.medusa import Medusa
+from visionattn.tasks.classification import check_pairs
 from visionattn.tasks.inference import evaluate_run, load_run
 from visionattn.tasks.resuming import read_saved
 
@@ -83,6 +84,44 @@ def test_bad_settings_are_named(tmp_path, overrides, message):
     with pytest.raises(SystemExit, match=message):
         main(["train", *SMALL, f"output_dir={tmp_path}", "name=bad", *overrides])
     assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+data.transform.hflipp=0.5"], "data.transform.*hflipp"),
+        (["data.transform.scale=0.5"], "data.transform.*float"),
+        (["data.transform.auto_augment=foo"], "data.transform.*foo"),
+        (["+data.transform.interpolation=foo"], "data.transform.*foo"),
+        (["+model.foo=1"], "model.*foo"),
+        (["+task.foo=1"], "task.*foo"),
+        (["task.smoothing=abc"], "task.*str"),
+        (["task.warmup_epochs=null"], "task.warmup_epochs=null must be a number"),
+        (["task.lr_batch=0"], "task.lr_batch=0 must be a number of at least 1"),
+        (["patience=abc"], "patience=abc must be a whole number of at least 1, or null"),
+        (["patience=2", "trainer.limit_val_batches=0"], "patience=2 waits .* trainer.limit_val_batches=0"),
+        (["data.batch_size=abc"], "data.batch_size=abc"),
+        (["data.batch_size=1", "task.mixup=0.8"], "task.mixup=0.8 .* in pairs, and it has 1; set data.batch_size=2"),
+        (["data.batch_size=1", "task.cutmix=1"], "task.cutmix=1 .* in pairs"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 must be a whole number of at least 1"),
+        (["trainer.max_epochs=-1", "+trainer.max_steps=2"], "trainer.max_epochs=-1"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs=null"),
+        (["trainer.max_epochs=1.5"], "trainer.max_epochs=1.5"),
+        (["+trainer.foo=1"], "unexpected keyword argument 'foo'"),
+        (["+data.source.foo=1"], "unexpected keyword argument 'foo'"),
+    ],
+)
+def test_wrong_values_are_named_in_one_line(tmp_path, overrides, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as ended:
+        main(["train", *SMALL, f"output_dir={tmp_path}", "name=bad", *overrides])
+    assert "\n" not in ended.value.code and not (tmp_path / "bad").exists()
+
+
+def test_one_image_has_no_pair():
+    with pytest.raises(ValueError, match="it has 1"):
+        check_pairs(dict(mixup=0.0, cutmix=1.0), 1)
+    check_pairs(dict(mixup=0.0, cutmix=0.0), 1)
+    check_pairs(dict(mixup=0.8, cutmix=1.0), 2)
 
 
 def test_bad_data_leaves_the_former_run_alone(tmp_path):
