@@ -185,6 +185,25 @@ def test_run_goes_on_in_another_folder_with_its_best_score(tmp_path, single):
     assert torch.load(tmp_path / "new" / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 3
 
 
+def test_best_checkpoint_keeps_its_name_where_its_score_is_lost(tmp_path, single):
+    shutil.copytree(single, tmp_path / "x")
+    last = tmp_path / "x" / "checkpoints" / "last.ckpt"
+    saved = content(tmp_path / "x")
+    del saved["callbacks"][next(key for key in saved["callbacks"] if "'monitor': 'val/top1'" in key)]
+    torch.save(saved, last)
+    main([*SINGLE, f"output_dir={tmp_path}", "name=x", "trainer.max_epochs=4", "ckpt_path=last"])
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(last.with_name("best.ckpt"), weights_only=True)["epoch"] == 3
+
+
+def test_run_that_was_killed_between_its_first_checkpoints_goes_on(tmp_path, single):
+    shutil.copytree(single, tmp_path / "x")
+    (tmp_path / "x" / "checkpoints" / "last.ckpt").unlink()  # the best is of the first epoch
+    main([*SINGLE, f"output_dir={tmp_path}", "name=x", "ckpt_path=auto"])
+    assert len(read_epochs(tmp_path / "x" / "logs" / "metrics.csv")) == 2
+    assert_same_run(single, tmp_path / "x")
+
+
 def test_patience_of_the_command_counts_in_a_resumed_run(tmp_path, capsys):
     place = [f"output_dir={tmp_path}", "name=x", "ckpt_path=auto", "trainer.max_epochs=4"]
     main([*SINGLE, *place, "patience=1"])

@@ -209,7 +209,7 @@ def test_checkpoints_name_nothing_but_networks(target):
 
 def test_networks_call_nothing_that_their_arguments_name():
     network = {"_target_": "visionattn.heads.herseg.HERSeg", "backbone": "test_lgvit"}
-    with pytest.raises(TypeError, match="_target_"):
+    with pytest.raises(ValueError, match=r"model\.\* has .*_target_"):
         make_network({**network, "decoder_kwargs": {"_target_": "builtins.dict"}}, ["background", "x"], 3)
 
 

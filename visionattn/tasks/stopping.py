@@ -89,8 +89,8 @@ class _WholeEpochs(Callback):
 class EpochCheckpoint(_WholeEpochs, ModelCheckpoint):
     """Lightning's checkpoint, at the end of whole epochs only; inside one ``LastCheckpoint`` writes it.
 
-    Its file has one name for ever, and a run goes on with its best score in whatever place its folder is now. Where the
-    file is not there, as in the new folder of a run that starts from another's checkpoint, the first epoch is the best.
+    Its file always has the same name, whatever stands there, and a run whose folder was moved knows its best score.
+    Where there is no such file, as in the folder of a run that starts from another's checkpoint, no score is known.
     """
 
     def __init__(self, folder: Path, name: str, **options: Any):

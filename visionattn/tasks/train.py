@@ -119,7 +119,8 @@ def _prepare(folder: Path, resumed: bool) -> None:
         for name in ("checkpoints", "logs", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("skipped_images.txt", "metrics.json"):
-            (folder / name).unlink(missing_ok=True)
+            if (file := folder / name).is_file():
+                file.unlink()
     elif (log := folder / "logs" / "metrics.csv").is_file():  # the logger would begin it anew
         log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('*.csv')))}.csv"))
 
