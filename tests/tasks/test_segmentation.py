@@ -234,6 +234,7 @@ def test_undefined_dice_is_no_number():
         ("model.decoder=unett", "unknown decoder"),
         ("model=biformer_nano", "is no network of visionattn.heads"),
         ("+model.base_c=16", "Segmenter has no argument base_c, .*leave out: '~model.base_c'"),
+        ("+data.transform.hflipp=0.5", r"data\.\* has an unknown setting .*hflipp"),
     ],
 )
 def test_wrong_settings_end_with_one_line(change, message, tmp_path):

@@ -89,10 +89,10 @@ def test_bad_settings_are_named(tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+data.transform.hflipp=0.5"], "data.transform.*hflipp"),
-        (["data.transform.scale=0.5"], "data.transform.*float"),
-        (["data.transform.auto_augment=foo"], "data.transform.*foo"),
-        (["+data.transform.interpolation=foo"], "data.transform.*foo"),
+        (["+data.transform.hflipp=0.5"], "data.*hflipp"),
+        (["data.transform.scale=0.5"], "data.*float"),
+        (["data.transform.auto_augment=foo"], "data.*foo"),
+        (["+data.transform.interpolation=foo"], "data.*foo"),
         (["+model.foo=1"], "model.*foo"),
         (["+task.foo=1"], "task.*foo"),
         (["task.smoothing=abc"], "task.*str"),

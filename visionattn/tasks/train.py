@@ -54,10 +54,8 @@ class ImageData(EpochData):
         kwargs = dict(seed=seed, on_error=config["on_error"])
         # images may be resized in a random way for training only
         sized["interpolation"] = given.pop("train_interpolation", sized["interpolation"])
-        with arguments_of("data.transform"):
-            transforms = create_transform(**sized, **given, is_training=True), create_transform(**fixed)
-        augmented = samples_of(train, transforms[0], **kwargs)
-        plain = samples_of(val, transforms[1], replace=False, **kwargs)
+        augmented = samples_of(train, create_transform(**sized, **given, is_training=True), **kwargs)
+        plain = samples_of(val, create_transform(**fixed, is_training=False), replace=False, **kwargs)
         super().__init__(config, augmented, plain, collate, seed)
         self.data_config = fixed
 
@@ -189,7 +187,8 @@ def train(config: DictConfig) -> dict[str, float]:
         raise ValueError(f"start_from={config.start_from} is for classification, not for task={task_class.kind}")
     monitor = _monitor(config, task_class.monitors)
     prepare = function(KINDS[task_class.kind].prepare) if task_class.kind in KINDS else _prepare_images
-    model, data, kept, num_classes = prepare(config, source, val)
+    with arguments_of("data"):  # of the transforms; those of the network are named where it is made
+        model, data, kept, num_classes = prepare(config, source, val)
     trainer = _trainer(config, folder, monitor)
     hparams = dict(
         classes=source.classes,
