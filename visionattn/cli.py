@@ -356,7 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         user_error = isinstance(error, ValueError | OSError | ImportError)
         if not user_error and type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
             raise
-        text = str(error).strip()
+        called = type(error).__name__ == "InstantiationException"  # of Hydra, around what it called
+        text = str((called and error.__cause__) or error).strip()
         if "Original Traceback" in text:  # from a worker process of the data loader
             text = text.splitlines()[-1].partition(": ")[2]
         sys.exit(f"error: {text}")

@@ -10,8 +10,9 @@ import torch
 
 from visionattn.cli import main
 from visionattn.heads.medusa import Medusa
+from visionattn.tasks.classification import check_pairs
 from visionattn.tasks.inference import evaluate_run, load_run
-from visionattn.tasks.train import _check_classes
+from visionattn.tasks.resuming import read_saved
 
 SMALL = [
     "experiment=digits",
@@ -85,6 +86,44 @@ def test_bad_settings_are_named(tmp_path, overrides, message):
     assert not (tmp_path / "bad" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+data.transform.hflipp=0.5"], "data.*hflipp"),
+        (["data.transform.scale=0.5"], "data.*float"),
+        (["data.transform.auto_augment=foo"], "data.*foo"),
+        (["+data.transform.interpolation=foo"], "data.*foo"),
+        (["+model.foo=1"], "model.*foo"),
+        (["+task.foo=1"], "task.*foo"),
+        (["task.smoothing=abc"], "task.*str"),
+        (["task.warmup_epochs=null"], "task.warmup_epochs=null must be a number"),
+        (["task.lr_batch=0"], "task.lr_batch=0 must be a number of at least 1"),
+        (["patience=abc"], "patience=abc must be a whole number of at least 1, or null"),
+        (["patience=2", "trainer.limit_val_batches=0"], "patience=2 waits .* trainer.limit_val_batches=0"),
+        (["data.batch_size=abc"], "data.batch_size=abc"),
+        (["data.batch_size=1", "task.mixup=0.8"], "task.mixup=0.8 .* in pairs, and it has 1; set data.batch_size=2"),
+        (["data.batch_size=1", "task.cutmix=1"], "task.cutmix=1 .* in pairs"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 must be a whole number of at least 1"),
+        (["trainer.max_epochs=-1", "+trainer.max_steps=2"], "trainer.max_epochs=-1"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs=null"),
+        (["trainer.max_epochs=1.5"], "trainer.max_epochs=1.5"),
+        (["+trainer.foo=1"], "unexpected keyword argument 'foo'"),
+        (["+data.source.foo=1"], "unexpected keyword argument 'foo'"),
+    ],
+)
+def test_wrong_values_are_named_in_one_line(tmp_path, overrides, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as ended:
+        main(["train", *SMALL, f"output_dir={tmp_path}", "name=bad", *overrides])
+    assert "\n" not in ended.value.code and not (tmp_path / "bad").exists()
+
+
+def test_one_image_has_no_pair():
+    with pytest.raises(ValueError, match="it has 1"):
+        check_pairs(dict(mixup=0.0, cutmix=1.0), 1)
+    check_pairs(dict(mixup=0.0, cutmix=0.0), 1)
+    check_pairs(dict(mixup=0.8, cutmix=1.0), 2)
+
+
 def test_bad_data_leaves_the_former_run_alone(tmp_path):
     last = tmp_path / "old" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
@@ -100,8 +139,12 @@ def test_bad_data_leaves_the_former_run_alone(tmp_path):
 def test_checkpoint_of_other_classes_is_not_resumed(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"hyper_parameters": {"classes": ["a", "b"]}}, path)
+    with pytest.raises(ValueError, match="no checkpoint of a training run"):
+        read_saved(path, ["a", "b"])
+    loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+    torch.save({"hyper_parameters": {"classes": ["a", "b"]}, "state_dict": {}, "loops": loops}, path)
     with pytest.raises(ValueError, match="2 classes"):
-        _check_classes(str(path), ["a", "b", "c"])
+        read_saved(path, ["a", "b", "c"])
 
 
 def test_list_names_every_model(capsys):

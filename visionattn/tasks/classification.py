@@ -1,5 +1,6 @@
 """Image classification: loss, optimizer, learning rate and metrics around any timm model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.data import Mixup
@@ -13,8 +14,29 @@ from visionattn.tasks.training import Training, scale_learning_rates
 __all__ = ["Classification", "scale_learning_rates"]
 
 
+def check_pairs(task: Mapping[str, Any], size: int) -> None:
+    """Refuse mixup and cutmix of batches of one image, since they join the images of a batch in pairs.
+
+    Args:
+        task: The group, of a classification.
+        size: Images of a batch.
+
+    Raises:
+        ValueError: It wants either of them, and there are no pairs.
+    """
+    if size < 2 and (task["mixup"] > 0 or task["cutmix"] > 0):
+        raise ValueError(
+            f"task.mixup={task['mixup']} and task.cutmix={task['cutmix']} join the images of a batch in pairs, and it "
+            f"has {size}; set data.batch_size=2 or more, or "
+            f"both to 0"
+        )
+
+
 class Classification(Training):
     """Cross-entropy training with mixup, cutmix and a cosine learning rate.
+
+    Mixup and cutmix join the images of a batch in pairs; of an odd number the last one, another in every epoch, is left
+    out.
 
     Every random choice of a step comes from generators seeded by (seed, epoch, batch, rank), and the learning rate is
     a function of the epoch, so a run resumed at an epoch's end repeats the uninterrupted one.
@@ -54,14 +76,12 @@ class Classification(Training):
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self.save_hyperparameters(hparams)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch."""
         seed_all(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
         images, labels = batch["image"], batch["label"]
         if self.mixup is not None:
-            even = len(images) // 2 * 2  # timm pairs the images of a batch
-            if even == 0:
-                return None
+            even = len(images) // 2 * 2
             images, labels = self.mixup(images[:even].clone(), labels[:even])
         output = self.model(images)
         logits, *further = output if isinstance(output, tuple) else (output,)

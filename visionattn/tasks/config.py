@@ -29,6 +29,49 @@ def compose(overrides: list[str]) -> DictConfig:
         return hydra.compose("train", overrides=overrides)
 
 
+_NUMBERS = {  # the least that each may be, a whole number where that is one
+    "seed": 0,
+    "patience": 1,
+    "trainer.max_epochs": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "data.batch_size": 1,
+    "data.workers": 0,
+    "data.epoch_steps": 1,
+    "task.epochs": 1,
+    "task.lr": 0.0,
+    "task.lr_batch": 1.0,
+    "task.warmup_epochs": 0.0,
+    "task.warmup_lr": 0.0,
+    "task.min_lr": 0.0,
+    "task.weight_decay": 0.0,
+    "task.ema_decay": 0.0,
+    "task.mixup": 0.0,
+    "task.cutmix": 0.0,
+}
+_OPTIONAL = ("patience", "data.epoch_steps", "task.ema_decay")
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Refuse what is no number, or too small, where a training counts with it.
+
+    Args:
+        config: ``configs/train.yaml`` with its groups; each task has only some of the settings.
+
+    Raises:
+        ValueError: Such a value.
+    """
+    for key, least in _NUMBERS.items():
+        group, _, name = key.rpartition(".")
+        node = config[group] if group else config
+        if name not in node or (node[name] is None and key in _OPTIONAL):
+            continue
+        value, whole = node[name], isinstance(least, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= least:
+            kinds = f"a {'whole number' if whole else 'number'} of at least {least:g}"
+            text, or_null = "null" if value is None else value, ", or null" if key in _OPTIONAL else ""
+            raise ValueError(f"{key}={text} must be {kinds}{or_null}")
+
+
 def _own_source(target: Any) -> bool:
     """Whether ``target`` names a class that is defined in ``visionattn.data``."""
     module, _, name = str(target).rpartition(".")

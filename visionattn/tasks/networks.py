@@ -1,6 +1,8 @@
 """Networks from the ``model`` group of a configuration or a checkpoint, which can name nothing else."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +13,22 @@ import visionattn
 
 _HEADS = "visionattn.heads."
 TIMM = "timm.create_model"
+
+
+@contextmanager
+def arguments_of(group: str) -> Iterator[None]:
+    """Say which group of the configuration a call got its arguments from, where it refuses them.
+
+    Args:
+        group: The name that its keys begin with.
+
+    Raises:
+        ValueError: In place of what packages raise for an unknown argument, another type or a wrong value.
+    """
+    try:
+        yield
+    except (TypeError, AssertionError, KeyError) as error:
+        raise ValueError(f"{group}.* has an unknown setting or a wrong value ({error!r})") from error
 
 
 def head_class(target: str) -> type[nn.Module]:
@@ -55,7 +73,8 @@ def make_head(arguments: dict[str, Any], kind: type[nn.Module] = nn.Module, choo
             f"{network.__name__} has no argument {', '.join(unknown)}, which another model of this experiment has; "
             f"leave out: {left_out}"
         )
-    return network(**given, **more)
+    with arguments_of("model"):
+        return network(**given, **more)
 
 
 def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) -> nn.Module:
@@ -75,4 +94,5 @@ def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) 
         return make_head(arguments, **sizes)
     if not timm.is_model(given["model_name"].split(".")[0]):
         visionattn.create_model(given["model_name"])  # raises with the nearest names
-    return timm.create_model(**given, **sizes)
+    with arguments_of("model"):
+        return timm.create_model(**given, **sizes)

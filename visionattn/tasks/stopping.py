@@ -6,10 +6,10 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM's --signal=USR1@90 sends
@@ -69,39 +69,76 @@ def _steps_done(trainer: Any) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
+def _whole_epoch(trainer: Any) -> bool:
+    """Whether an epoch that ends is a whole one: Lightning ends one that ``max_steps`` cut short like any other."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    return not _steps_done(trainer) or done >= trainer.num_training_batches
+
+
 class _WholeEpochs(Callback):
-    """Leaves out the end of an epoch that ``max_steps`` cut short, which Lightning ends like any other.
+    """Leaves out the end of an epoch that ``max_steps`` cut short.
 
     A checkpoint from there would go on with the next epoch, and there may be no score yet.
     """
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if not _steps_done(trainer) or done >= trainer.num_training_batches:
+        if _whole_epoch(trainer):
             super().on_train_epoch_end(trainer, module)
 
 
 class EpochCheckpoint(_WholeEpochs, ModelCheckpoint):
-    """Lightning's checkpoint, at the end of whole epochs only; inside one ``LastCheckpoint`` writes it."""
+    """Lightning's checkpoint, at the end of whole epochs only; inside one ``LastCheckpoint`` writes it.
+
+    Its file always has the same name, whatever stands there, and a run whose folder was moved knows its best score.
+    Where there is no such file, as in the folder of a run that starts from another's checkpoint, no score is known.
+    """
+
+    def __init__(self, folder: Path, name: str, **options: Any):
+        super().__init__(folder, name, save_on_train_epoch_end=True, enable_version_counter=False, **options)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best score if its file is here, with the names of files in this folder."""
+        file = Path(str(self.dirpath), f"{self.filename}{self.FILE_EXTENSION}")
+        if state_dict["dirpath"] == self.dirpath:
+            super().load_state_dict(state_dict)
+        elif file.is_file():
+            here = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(file))
+            scores = {str(file): score for score in state_dict["best_k_models"].values()}
+            super().load_state_dict({**state_dict, **here, "best_k_models": scores, "dirpath": self.dirpath})
 
 
 class EpochStopping(_WholeEpochs, EarlyStopping):
-    """Lightning's early stopping, by the scores of whole epochs only."""
+    """Lightning's early stopping, by the scores of whole epochs only, with the patience of the command."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best score and how long ago it was."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """End a resumed run whose patience is over already."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"patience={self.patience}: the last {self.wait_count} epochs had no better {self.monitor}, so the run "
+                f"is over; a larger patience goes on with it"
+            )
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` inside epochs, from where a resumed run goes on with the next batch.
 
     It is written behind a step of the optimizer only, since gradients that are not yet used are in no checkpoint; not
-    where a validation follows, which the resumed run would leave out, and not behind the last batch of an epoch, which
-    ends with a checkpoint of its own. What is due there is written after the next step.
+    where a validation follows, which the resumed run would leave out: what is due there is written after the next step.
+    Behind the last batch of an epoch there is the checkpoint of the epoch's end, which serves as well, and from which
+    on the steps or minutes are counted again. This callback stands behind the one that writes it.
 
     Where ``max_steps`` or ``max_time`` ends the run inside an epoch it is written too, so that a later run goes on
     there. Lightning counts the steps, but must not know of them before a checkpoint is loaded: it would take the end
     of an epoch for the middle of one.
 
     SIGTERM, SIGINT and SIGUSR1 write it too and end the run with the exit code 128 + the signal's number (SIGUSR1: that
-    of SIGTERM); all processes stop at one step, whichever of them was told. A second signal ends the run at once.
+    of SIGTERM); all processes stop at one step, whichever of them was told. A run whose last epoch is over ends as if
+    nobody had told it. A second signal ends the run at once.
 
     Args:
         folder: The run's folder.
@@ -117,7 +154,7 @@ class LastCheckpoint(Callback):
         self.folder, self.path = folder, folder / "checkpoints" / "last.ckpt"
         self.steps, self.seconds = parse_interval(every)
         self.max_steps, self.max_time, self.max_seconds = parse_steps(max_steps), max_time, parse_limit(max_time)
-        self.signal = 0
+        self.signal = self.told = 0
         self.former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -168,14 +205,38 @@ class LastCheckpoint(Callback):
             return
         trainer.save_checkpoint(self.path, weights_only=False)  # of a model: the state of the optimizer too
         self.step, self.time = trainer.global_step, time.monotonic()
-        saved = f"stopped in epoch {trainer.current_epoch + 1} after step {trainer.global_step}, saved in {self.path}"
         if number:
-            name = signal.Signals(number).name
-            rank_zero_info(f"{name}: {saved}; the same command with ckpt_path=last goes on from there")
-            raise SystemExit(128 + number)
+            self._exit(number, trainer, trainer.current_epoch + 1)
         if ends:
-            limit = f"max_time={self.max_time}" if over else f"max_steps={trainer.max_steps}"
-            rank_zero_info(f"trainer.{limit}: {saved}; ckpt_path=last with a later limit goes on from there")
+            self._say_limit(trainer, over)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """Do what is due behind the last batch of an epoch, whose own checkpoint is written."""
+        if not _whole_epoch(trainer):
+            return
+        self.step, self.time = trainer.global_step, time.monotonic()
+        self.told, _, over = self._agree(trainer)
+        if over and not self.told and not _steps_done(trainer) and trainer.current_epoch + 1 < trainer.max_epochs:
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+            self._say_limit(trainer, over)
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        """End a run that was told to in the epoch before, whose figures have been logged meanwhile."""
+        if self.told:
+            self._exit(self.told, trainer, trainer.current_epoch)
+
+    def _stopped(self, trainer: Any, epoch: int) -> str:
+        return f"stopped in epoch {epoch} after step {trainer.global_step}, saved in {self.path}"
+
+    def _exit(self, number: int, trainer: Any, epoch: int) -> NoReturn:
+        name, stopped = signal.Signals(number).name, self._stopped(trainer, epoch)
+        rank_zero_info(f"{name}: {stopped}; the same command with ckpt_path=last goes on from there")
+        raise SystemExit(128 + number)
+
+    def _say_limit(self, trainer: Any, over: bool) -> None:
+        limit = f"max_time={self.max_time}" if over else f"max_steps={trainer.max_steps}"
+        stopped = self._stopped(trainer, trainer.current_epoch + 1)
+        rank_zero_info(f"trainer.{limit}: {stopped}; ckpt_path=last with a later limit goes on from there")
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """Give the signals back."""

@@ -23,15 +23,17 @@ from visionattn._writing import remove_stale
 from visionattn.data.images import check_channels
 from visionattn.data.pipeline import collate, samples_of
 from visionattn.tasks.callbacks import EpochLines, SkippedImages
-from visionattn.tasks.checkpoints import read_torch_file
-from visionattn.tasks.config import write_text
+from visionattn.tasks.classification import check_pairs
+from visionattn.tasks.config import check_numbers, write_text
 from visionattn.tasks.engine import accept_own_figures, check_options, lost_processes, machines, processes, strategy
 from visionattn.tasks.finetuning import continued, load_start
 from visionattn.tasks.kinds import KINDS, function
 from visionattn.tasks.loaders import EpochData
-from visionattn.tasks.networks import make_classifier
+from visionattn.tasks.networks import arguments_of, make_classifier
+from visionattn.tasks.resuming import check_fit, check_monitor, goes_on, read_saved, starting_point
 from visionattn.tasks.saving import DurableCheckpointIO
 from visionattn.tasks.stopping import EpochCheckpoint, EpochStopping, LastCheckpoint
+from visionattn.tasks.training import Training
 
 
 class ImageData(EpochData):
@@ -58,53 +60,33 @@ class ImageData(EpochData):
         self.data_config = fixed
 
 
-def _checkpoint(config: DictConfig, folder: Path) -> str | None:
-    """The checkpoint to resume from; refuses to write over an existing run."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if config.ckpt_path is None:
-        if last.exists() and not config.overwrite:
-            raise ValueError(f"{folder} holds a run; resume it with ckpt_path=last, or set name=... or overwrite=true")
-        return None
-    if config.ckpt_path == "auto" and not last.exists():
-        return None
-    path = last if config.ckpt_path in ("last", "auto") else Path(config.ckpt_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: no checkpoint at {path}; start without ckpt_path")
-    return str(path)
-
-
-def _check_classes(path: str, classes: list[str]) -> None:
-    try:
-        saved = read_torch_file(path)["hyper_parameters"]["classes"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"ckpt_path={path} is no checkpoint of a training run ({type(error).__name__})") from error
-    if saved != classes:
-        raise ValueError(
-            f"{path} was trained on {len(saved)} classes ({', '.join(saved[:3])}, ...), the data has {len(classes)} "
-            f"({', '.join(classes[:3])}, ...); resume with the same data, or start anew"
-        )
-
-
-def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lightning.Trainer:
+def _monitor(config: DictConfig, monitors: tuple[str, ...]) -> str:
     monitor = config.monitor or monitors[0]
     if monitor not in monitors:
         raise ValueError(f"monitor={monitor} must be one of {', '.join(monitors)}")
+    return monitor
+
+
+def _trainer(config: DictConfig, folder: Path, monitor: str) -> lightning.Trainer:
     mode = "min" if monitor.endswith(("loss", "delta")) else "max"
     group: Any = OmegaConf.to_container(config.trainer, resolve=True)
     devices, nodes = machines(group.get("devices", "auto"), group.get("num_nodes", "auto"), group["accelerator"])
     check_options(group, config.task, processes(devices) * nodes)
     callbacks = [
-        EpochCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode, save_on_train_epoch_end=True),
+        EpochCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode=mode),
         # of its own, since save_last of the former would leave out every epoch that is not the best so far; behind it,
         # so that a resumed run knows the best score
-        EpochCheckpoint(folder / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        EpochCheckpoint(folder / "checkpoints", "last"),
         SkippedImages(folder),
         EpochLines(),
         LastCheckpoint(folder, config.checkpoint_every, group.pop("max_steps", None), group.pop("max_time", None)),
     ]
     if config.patience is not None:
-        if config.patience < 1:
-            raise ValueError(f"patience={config.patience} must be at least 1 epoch, or null to train to the end")
+        if group.get("limit_val_batches") == 0:
+            raise ValueError(
+                f"patience={config.patience} waits for a better validation score, and trainer.limit_val_batches=0 "
+                f"leaves none; set patience=null, or validate"
+            )
         # an undefined score is no better one, but no reason to stop either
         stopping = EpochStopping(monitor, mode=mode, patience=config.patience, check_finite=False)
         callbacks.append(stopping)
@@ -127,15 +109,16 @@ def _trainer(config: DictConfig, folder: Path, monitors: tuple[str, ...]) -> lig
     )
 
 
-def _prepare(folder: Path, resume: str | None) -> None:
-    """Make room for the files of a run; called when data and settings have proved usable."""
+def _prepare(folder: Path, resumed: bool) -> None:
+    """Make room for the files of a run; called when data, settings and checkpoint have proved usable."""
     for place in (folder, folder / "checkpoints"):
         remove_stale(place)
-    if resume is None:
+    if not resumed:
         for name in ("checkpoints", "logs", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        if (skipped := folder / "skipped_images.txt").is_file():
-            skipped.unlink()
+        for name in ("skipped_images.txt", "metrics.json"):
+            if (file := folder / name).is_file():
+                file.unlink()
     elif (log := folder / "logs" / "metrics.csv").is_file():  # the logger would begin it anew
         log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('*.csv')))}.csv"))
 
@@ -143,6 +126,7 @@ def _prepare(folder: Path, resume: str | None) -> None:
 def _prepare_images(config: DictConfig, source: Any, val: Any) -> tuple[nn.Module, ImageData, dict[str, Any], int]:
     """Network, loaders, what the checkpoint keeps of them, and the number of classes, of a classification run."""
     arguments: Any = OmegaConf.to_container(config.model, resolve=True)
+    check_pairs(config.task, min(config.data.batch_size, len(source)))
     model = make_classifier(arguments, len(source.classes), config.data.in_chans)
     load_start(model, config, source.classes)
     defaults = resolve_model_data_config(model)
@@ -152,6 +136,23 @@ def _prepare_images(config: DictConfig, source: Any, val: Any) -> tuple[nn.Modul
         data={k: list(v) if isinstance(v, tuple) else v for k, v in data.data_config.items()},
     )
     return model, data, kept, len(source.classes)
+
+
+def _task(config: DictConfig, model: nn.Module, num_classes: int, hparams: dict[str, Any], count: int) -> Training:
+    """The training of a network in that many processes, its learning rate scaled to their batch."""
+    batch = config.data.batch_size * count * config.trainer.accumulate_grad_batches
+    lr = config.task.lr * batch / config.task.lr_batch
+    rank_zero_info(
+        f"effective batch {batch}, learning rate {config.task.lr:g} x {batch}/{config.task.lr_batch} = {lr:g}"
+    )
+    settings = {
+        k: v
+        for k, v in OmegaConf.to_container(config.task, resolve=True).items()
+        if k not in ("_target_", "lr", "lr_batch")
+    }
+    task_class = hydra.utils.get_class(config.task._target_)
+    with arguments_of("task"):
+        return task_class(model=model, num_classes=num_classes, seed=config.seed, lr=lr, hparams=hparams, **settings)
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -168,8 +169,10 @@ def train(config: DictConfig) -> dict[str, float]:
         FileNotFoundError: Missing data or checkpoint.
         SavingError: The disk is full, or the folder cannot be written to; former checkpoints are intact.
     """
+    check_numbers(config)
     folder = Path(config.output_dir, config.name)
-    resume = _checkpoint(config, folder)
+    start = starting_point(config, folder)
+    resumed = goes_on(start, folder)
     lightning.seed_everything(config.seed, verbose=False)
     config = continued(config)
     source = hydra.utils.instantiate(config.data.source, split=config.data.train_split)
@@ -177,25 +180,16 @@ def train(config: DictConfig) -> dict[str, float]:
     counted = config.data.source._target_.endswith(("ImageFolder", ".Shards"))
     known = dict(classes=source.classes) if counted else {}
     val = hydra.utils.instantiate(config.data.source, split=config.data.val_split, **known)
-    if resume:
-        _check_classes(resume, source.classes)
+    saved = read_saved(start, source.classes) if start else {}
     check_channels(config.data.in_chans)
     task_class = hydra.utils.get_class(config.task._target_)
     if config.start_from and task_class.kind in KINDS:
         raise ValueError(f"start_from={config.start_from} is for classification, not for task={task_class.kind}")
+    monitor = _monitor(config, task_class.monitors)
     prepare = function(KINDS[task_class.kind].prepare) if task_class.kind in KINDS else _prepare_images
-    model, data, kept, num_classes = prepare(config, source, val)
-    trainer = _trainer(config, folder, task_class.monitors)
-    batch = config.data.batch_size * trainer.world_size * config.trainer.accumulate_grad_batches
-    lr = config.task.lr * batch / config.task.lr_batch
-    rank_zero_info(
-        f"effective batch {batch}, learning rate {config.task.lr:g} x {batch}/{config.task.lr_batch} = {lr:g}"
-    )
-    settings = {
-        k: v
-        for k, v in OmegaConf.to_container(config.task, resolve=True).items()
-        if k not in ("_target_", "lr", "lr_batch")
-    }
+    with arguments_of("data"):  # of the transforms; those of the network are named where it is made
+        model, data, kept, num_classes = prepare(config, source, val)
+    trainer = _trainer(config, folder, monitor)
     hparams = dict(
         classes=source.classes,
         in_chans=config.data.in_chans,
@@ -203,9 +197,14 @@ def train(config: DictConfig) -> dict[str, float]:
         averaged=bool(config.task.ema_decay and config.task.ema_eval),
         versions=dict(torch=str(torch.__version__), timm=timm.__version__, visionattn=visionattn.__version__),
     )
-    task = task_class(model=model, num_classes=num_classes, seed=config.seed, lr=lr, hparams=hparams, **settings)
+    task = _task(config, model, num_classes, hparams, trainer.world_size)
+    if start:
+        check_fit(start, saved, task, config.trainer.max_epochs)
+        if resumed:
+            check_monitor(start, saved, monitor)
+        del saved  # it may be large, and is read again
     if trainer.is_global_zero:
-        _prepare(folder, resume)
+        _prepare(folder, resumed)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
         write_text(folder / "run.json", json.dumps(dict(command=sys.argv, seed=config.seed, **hparams), indent=1))
     # the averaged copy of the model stays in evaluation mode; the other is about Lightning's own code
@@ -213,7 +212,7 @@ def train(config: DictConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     accept_own_figures()
     with lost_processes(trainer, config.trainer.get("timeout"), folder / "checkpoints" / "last.ckpt"):
-        trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+        trainer.fit(task, data, ckpt_path=start, weights_only=True)
     if not trainer.is_global_zero:
         return {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

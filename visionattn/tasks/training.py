@@ -152,6 +152,11 @@ class Training(lightning.LightningModule):
         self.schedule_name, self.cycles, self.decay, self.power = schedule, cycles, decay, power
         self.milestones = tuple(milestones)
 
+    @property
+    def optimizer_kind(self) -> dict[str, Any]:
+        """The settings without which a state of the optimizer means nothing."""
+        return {key: self.optimizer_args[key] for key in ("opt", "layer_decay")}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; the learning rate is set at the start of an epoch or step."""
         optimizer = create_optimizer_v2(self.model, **self.optimizer_args)
@@ -246,8 +251,9 @@ class Training(lightning.LightningModule):
         self._join_so_far()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the epoch in progress has logged, which Lightning would forget."""
+        """Keep what the epoch in progress has logged, which Lightning would forget, and what the optimizer is."""
         self._join_so_far()
+        checkpoint["optimizer_args"] = self.optimizer_kind
         checkpoint["epoch_so_far"] = kept = {}
         for result in self.trainer.fit_loop.epoch_loop._results.values():
             if result.has_reset or not (result.is_tensor and result.meta.is_mean_reduction):
