@@ -48,9 +48,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: timm knows no such model or weights, or the weights are of another model or hold more than tensors.
-        FileNotFoundError: ``pretrained_cfg_overlay=dict(file=...)`` names no file.
+        FileNotFoundError: ``pretrained_cfg_overlay=dict(file=...)`` or ``checkpoint_path`` names no file.
     """
-    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
+    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
     if file and not Path(file).is_file():
         raise FileNotFoundError(f"no checkpoint at {file}")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
@@ -63,8 +63,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     except (RuntimeError, pickle.UnpicklingError) as error:
         if "weights_only" in str(error):
             raise ValueError(f"{file or name} holds more than tensors and is refused; save tensors alone") from error
-        # timm's own: no published weights, an unknown tag, weights of another model
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{name}: {reason}; timm.list_pretrained({name.split('.')[0]!r}) names what there is"
-        ) from error
+        known = "No pretrained weights" in reason or "Invalid pretrained tag" in reason
+        hint = f"; timm.list_pretrained({name.split('.')[0]!r}) names what there is" if known else ""
+        raise ValueError(f"{name}: {reason}{hint}") from error

@@ -44,9 +44,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is of ``path``, of a folder above, or of a temporary file or folder beside it."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    file, path = (Path(os.path.abspath(place)) for place in (error.filename, path))
+    if path.is_relative_to(file):
+        return True
+    beside = file.relative_to(path.parent).parts[0] if file.is_relative_to(path.parent) else ""
+    return beside.lstrip(".").startswith(path.name.lstrip("."))
+
+
 @contextmanager
 def saving(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Say of every error of the system in the block that ``path`` could not be written.
+    """Say of errors of the system in the block that ``path`` could not be written, but of those of files elsewhere.
 
     Args:
         path: The file or folder.
@@ -59,6 +70,8 @@ def saving(path: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, SavingError) or error.errno is None:  # without a number it is a message of our own
+            raise
+        if error.errno not in _NO_SPACE and not _concerns(error, path):
             raise
         raise _saving_error(path, error, needed) from error
 

@@ -172,6 +172,8 @@ def test_what_timm_refuses_of_its_own_models_is_a_value_error(tmp_path, monkeypa
         create("test_resnet.none")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere\.pth"):
         create(file="nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere\.pth"):
+        visionattn.create_model("test_resnet", checkpoint_path="nowhere.pth")
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"^test_resnet: Error\(s\) in loading state_dict"):
         create(file=str(tmp_path / "other.pth"))

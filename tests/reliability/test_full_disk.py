@@ -42,6 +42,15 @@ def room_for_100_kb():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_errors_of_other_files_are_not_of_the_one_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pictures") as error, replaced(tmp_path / "model.onnx"):
+        (tmp_path / "pictures").open()
+    assert not isinstance(error.value, SavingError)
+    for name in (".model.onnx.x/config.json", "model.onnx.here.1.part"):
+        with pytest.raises(SavingError, match=r"cannot write .*model\.onnx"), replaced(tmp_path / "model.onnx"):
+            (tmp_path / name).open()
+
+
 def test_full_disk_leaves_the_former_checkpoint(last, room_for_100_kb):
     with pytest.raises(SavingError, match=r"last\.ckpt.*0\.4 MB needed, [\d.]+ MB free.*intact.*free some") as error:
         DurableCheckpointIO().save_checkpoint(NEW, last)

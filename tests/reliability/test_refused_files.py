@@ -255,6 +255,20 @@ def test_configuration_of_a_run_cannot_hide_what_it_asks(tmp_path, monkeypatch, 
         check_sources(OmegaConf.create(dict(**parts, data=dict(source=source))), tmp_path, [])
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (dict(root="/home/victim", download="${data.root}"), "write what it fetches"),
+        (dict(root="${data.scheme}${data.root}"), "over the network"),
+        (dict(root="/x", cache="${data.root}"), "shards are written"),
+    ],
+)
+def test_what_the_command_says_of_one_thing_is_not_said_of_another(tmp_path, source, message):
+    config = dict(data=dict(scheme="s3:/", root="/sets/mine", source=source))
+    with pytest.raises(ValueError, match=message):
+        check_sources(OmegaConf.create(config), tmp_path, ["data.root=/sets/mine"])
+
+
 def test_own_and_stated_sources_of_data_are_called(tmp_path):
     targets = {
         line.partition("_target_:")[2].split(",")[0].strip()

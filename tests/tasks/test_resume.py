@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from visionattn.tasks.callbacks import TIMINGS
 from visionattn.tasks.comparison import read_epochs
 from visionattn.tasks.config import compose
 from visionattn.tasks.resuming import goes_on, starting_point
-from visionattn.tasks.stopping import LastCheckpoint, parse_interval, parse_limit, parse_steps
+from visionattn.tasks.stopping import EpochCheckpoint, LastCheckpoint, parse_interval, parse_limit, parse_steps
 
 # five batches in groups of two: the last group of an epoch is an incomplete one
 ARGUMENTS = [
@@ -122,8 +123,10 @@ def test_checkpoints_between_change_nothing_and_other_batches_are_refused(tmp_pa
         with pytest.raises(SystemExit) as stopped:
             main([*ARGUMENTS, *place, "overwrite=true"])
     assert stopped.value.code == 130
+    settings = (tmp_path / "x" / "config.yaml").read_text()
     with pytest.raises(SystemExit, match=r"data.batch_size 8, now 4"):
         main([*ARGUMENTS, *place, "ckpt_path=last", "data.batch_size=4"])
+    assert (tmp_path / "x" / "config.yaml").read_text() == settings
 
 
 # one batch an epoch, whose averaged weights never move: every epoch scores the same, so the first is the best
@@ -223,6 +226,7 @@ def test_patience_of_the_command_counts_in_a_resumed_run(tmp_path, capsys):
         (["+model.mlp_ratio=2"], "model.mlp_ratio=None, now 2"),
         (["task.ema_decay=null"], "with averaged weights, now without"),
         (["task.opt=sgd"], "task.opt=adamw, now sgd"),
+        (["task.weight_decay=0"], "other groups of parameters, as task.weight_decay=0"),
         (["trainer.max_epochs=1"], "after 3 epochs, more than trainer.max_epochs=1; set it to 3"),
         (["monitor=val/loss"], "monitor=val/top1, now monitor=val/loss"),
     ],
@@ -272,6 +276,29 @@ def test_queued_run_goes_on_from_what_is_there(tmp_path):
     for name in ("best.ckpt", "last.ckpt"):  # killed between the two, in the first epoch
         (folder / "checkpoints" / name).touch()
         assert starting_point(config, folder) == folder / "checkpoints" / name
+
+
+def test_folder_of_checkpoints_may_lie_on_another_disk(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "checkpoints").symlink_to(tmp_path / "scratch")
+    (tmp_path / "scratch" / "last.ckpt").touch()
+    for ckpt_path in ("last", "auto", tmp_path / "scratch" / "last.ckpt"):
+        config = compose([*SINGLE[1:], f"output_dir={tmp_path}", "name=x", f"ckpt_path={ckpt_path}", "overwrite=true"])
+        assert goes_on(starting_point(config, tmp_path / "x"), tmp_path / "x") == (ckpt_path in ("last", "auto"))
+
+
+def test_score_of_a_file_that_is_gone_is_not_the_best(tmp_path):
+    found = EpochCheckpoint(tmp_path, "best", monitor="val/top1", mode="max")
+    path, score = str(tmp_path / "best.ckpt"), torch.tensor(0.9)
+    state = dict(monitor="val/top1", best_model_score=score, best_model_path=path, current_score=score)
+    state |= dict(dirpath=str(tmp_path), best_k_models={path: score}, kth_best_model_path=path, kth_value=score)
+    state["last_model_path"] = ""
+    found.load_state_dict(state)
+    assert found.best_model_score is None and not found.best_k_models
+    Path(path).touch()
+    found.load_state_dict(state)
+    assert found.best_model_score == score and found.best_k_models == {path: score}
 
 
 @pytest.mark.slow

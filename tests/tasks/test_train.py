@@ -10,7 +10,7 @@ import torch
 
 from visionattn.cli import main
 from visionattn.heads.medusa import Medusa
-from visionattn.tasks.classification import check_pairs
+from visionattn.tasks.classification import Classification, check_pairs
 from visionattn.tasks.inference import evaluate_run, load_run
 from visionattn.tasks.resuming import read_saved
 
@@ -94,6 +94,7 @@ def test_bad_settings_are_named(tmp_path, overrides, message):
         (["data.transform.auto_augment=foo"], "data.*foo"),
         (["+data.transform.interpolation=foo"], "data.*foo"),
         (["+model.foo=1"], "model.*foo"),
+        (["model.pretrained=true"], "test_biformer: No pretrained weights exist"),
         (["+task.foo=1"], "task.*foo"),
         (["task.smoothing=abc"], "task.*str"),
         (["task.warmup_epochs=null"], "task.warmup_epochs=null must be a number"),
@@ -122,6 +123,10 @@ def test_one_image_has_no_pair():
         check_pairs(dict(mixup=0.0, cutmix=1.0), 1)
     check_pairs(dict(mixup=0.0, cutmix=0.0), 1)
     check_pairs(dict(mixup=0.8, cutmix=1.0), 2)
+    training = dict(epochs=1, opt="sgd", lr=0.1, weight_decay=0.0)
+    task = Classification(torch.nn.Linear(2, 2), 2, 0, 0.1, 0.8, 0.0, 0.0, {}, **training)
+    with pytest.raises(ValueError, match="a batch of one image has no pair"):
+        task.training_step(dict(image=torch.zeros(1, 2), label=torch.zeros(1, dtype=torch.long)), 0)
 
 
 def test_bad_data_leaves_the_former_run_alone(tmp_path):

@@ -82,6 +82,11 @@ class Classification(Training):
         images, labels = batch["image"], batch["label"]
         if self.mixup is not None:
             even = len(images) // 2 * 2
+            if not even:
+                raise ValueError(
+                    "a batch of one image has no pair for mixup or cutmix; use fewer processes, more images, or "
+                    "task.mixup=0 task.cutmix=0"
+                )
             images, labels = self.mixup(images[:even].clone(), labels[:even])
         output = self.model(images)
         logits, *further = output if isinstance(output, tuple) else (output,)

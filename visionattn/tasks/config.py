@@ -93,11 +93,6 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{key}.{name}" if key else str(name))
 
 
-def _emptied(node: Any) -> Any:
-    """The mappings of a node with None for everything else."""
-    return {name: _emptied(value) for name, value in node.items()} if isinstance(node, dict) else None
-
-
 def _without_keys(value: Any) -> Any:
     """A text without its ``${key}``, which stand for other values of the file; whatever else is taken as it is."""
     while isinstance(value, str) and (shorter := _KEY.sub("", value)) != value:
@@ -140,8 +135,8 @@ def check_sources(config: DictConfig, path: Path, overrides: Sequence[str]) -> N
         ValueError: Unless ``overrides`` have it: an interpolation of anything but a key; and below ``data`` a
             ``_target_`` that is no class of ``visionattn.data``, ``_args_``, a URL, ``download`` or a ``cache``.
     """
-    said = OmegaConf.to_container(OmegaConf.from_dotlist([text.lstrip("+") for text in overrides]))
-    foreign = OmegaConf.merge(config, _emptied(said))
+    changes = OmegaConf.to_container(OmegaConf.from_dotlist([text.lstrip("+") for text in overrides]))
+    said, raw = {key for key, _ in _leaves(changes)}, dict(_leaves(OmegaConf.to_container(config)))
 
     def check(key: str, value: Any, shown: Any) -> None:
         if fault := _fault(key, value):
@@ -149,13 +144,19 @@ def check_sources(config: DictConfig, path: Path, overrides: Sequence[str]) -> N
                 f"{path} names {key}={shown}, {fault}; if you trust it, say so: {shlex.quote(f'{key}={shown}')}"
             )
 
-    for key, value in _leaves(OmegaConf.to_container(foreign)):
-        rest = _without_keys(value)
-        if key.startswith("data.") or "${" in str(rest):
+    for key, value in raw.items():
+        if key not in said and "${" in str(rest := _without_keys(value)):
             check(key, rest, value)
-    # resolved too, since an interpolation may stand for a whole node, and several for the parts of a text
-    for key, value in _leaves(OmegaConf.to_container(foreign.data, resolve=True) if "data" in foreign else {}, "data"):
-        check(key, value, value)
+    # resolved, since an interpolation may stand for a whole node, and several for the parts of a text
+    for key, value in _leaves(OmegaConf.to_container(config.data, resolve=True) if "data" in config else {}, "data"):
+        if key not in said and not _repeats(key, raw.get(key), said):
+            check(key, value, value)
+
+
+def _repeats(key: str, value: Any, said: set[str]) -> bool:
+    """Whether a value is another's of the same name, which the command says."""
+    other = value[2:-1] if isinstance(value, str) and _KEY.fullmatch(value) else ""
+    return other in said and other.rpartition(".")[2] == key.rpartition(".")[2]
 
 
 def write_text(path: Path, text: str) -> None:

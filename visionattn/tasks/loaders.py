@@ -74,6 +74,26 @@ class _Timed(Iterator[Any]):
         return self.clock.next(self.batches)
 
 
+def check_same_batches(state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on inside an epoch with other batches.
+
+    Args:
+        state: Of an ``EpochLoader`` in the checkpoint.
+        now: The same of the present run, or what is known of it.
+
+    Raises:
+        ValueError: Another batch size, number of processes or of batches.
+    """
+    names = dict(batch_size="data.batch_size", world_size="processes", batches="batches of an epoch")
+    differing = (key for key, value in now.items() if state.get(key, value) != value)
+    changed = [f"{names[key]} {state[key]}, now {now[key]}" for key in differing]
+    if changed:
+        raise ValueError(
+            f"the checkpoint is from inside an epoch with {'; '.join(changed)}; resume it with the same ones, or "
+            f"from a checkpoint of an epoch's end"
+        )
+
+
 class EpochLoader(DataLoader):
     """A loader whose waits are counted and that goes on inside an epoch.
 
@@ -97,14 +117,7 @@ class EpochLoader(DataLoader):
         Raises:
             ValueError: Another batch size, number of processes or of batches.
         """
-        now = self.state_dict()
-        names = dict(batch_size="data.batch_size", world_size="processes", batches="batches of an epoch")
-        changed = [f"{names[key]} {value}, now {now[key]}" for key, value in state.items() if now[key] != value]
-        if changed:
-            raise ValueError(
-                f"the checkpoint is from inside an epoch with {'; '.join(changed)}; resume it with the same ones, or "
-                f"from a checkpoint of an epoch's end"
-            )
+        check_same_batches(state, self.state_dict())
 
 
 class EpochData(lightning.LightningDataModule):

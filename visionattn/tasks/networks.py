@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-import timm
+import torch
 from torch import nn
 
 import visionattn
@@ -27,6 +27,10 @@ def arguments_of(group: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # weights that cannot be had, or of another network
+        raise ValueError(f"{group}: {' '.join(str(error).split())}") from error
     except (TypeError, AssertionError, KeyError) as error:
         raise ValueError(f"{group}.* has an unknown setting or a wrong value ({error!r})") from error
 
@@ -92,7 +96,5 @@ def make_classifier(arguments: dict[str, Any], num_classes: int, in_chans: int) 
     sizes = dict(num_classes=num_classes, in_chans=in_chans)
     if arguments.get("_target_", TIMM) != TIMM:
         return make_head(arguments, **sizes)
-    if not timm.is_model(given["model_name"].split(".")[0]):
-        visionattn.create_model(given["model_name"])  # raises with the nearest names
     with arguments_of("model"):
-        return timm.create_model(**given, **sizes)
+        return visionattn.create_model(given.pop("model_name"), **given, **sizes)

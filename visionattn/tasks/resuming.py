@@ -1,11 +1,13 @@
 """Where a run starts, and whether a checkpoint fits it: all that is known before anything in its folder changes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from visionattn.tasks.checkpoints import read_torch_file
+from visionattn.tasks.loaders import check_same_batches
 from visionattn.tasks.stopping import EpochCheckpoint
 from visionattn.tasks.training import Training
 
@@ -24,7 +26,11 @@ def _at_stake(folder: Path) -> Path | None:
 
 def goes_on(path: Path | None, folder: Path) -> bool:
     """Whether a run that starts from the checkpoint ``path`` goes on with the run of this folder."""
-    return path is not None and path.resolve().is_relative_to(folder.resolve())
+    if path is None:
+        return False
+    # also where the folder of checkpoints is a link to another disk
+    named = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    return named or path.resolve().is_relative_to(folder.resolve())
 
 
 def starting_point(config: DictConfig, folder: Path) -> Path | None:
@@ -91,7 +97,11 @@ def _is_averaged(weights: dict[str, Any]) -> bool:
     return any(key.startswith("ema.") for key in weights)
 
 
-def check_fit(path: Path, saved: dict[str, Any], task: Training, epochs: int) -> None:
+def _groups(optimizer: dict[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in optimizer["param_groups"]]
+
+
+def check_fit(path: Path, saved: dict[str, Any], task: Training, epochs: int, batches: dict[str, Any]) -> None:
     """Refuse a checkpoint that the training cannot go on from.
 
     Args:
@@ -99,10 +109,11 @@ def check_fit(path: Path, saved: dict[str, Any], task: Training, epochs: int) ->
         saved: Its content.
         task: The training.
         epochs: How many there are to be.
+        batches: What is known of its loader, as for ``check_same_batches``.
 
     Raises:
-        ValueError: Another network, averaged weights in only one of them, another optimizer, or more epochs than there
-            are to be.
+        ValueError: Another network, averaged weights in only one of them, another optimizer, more epochs than there are
+            to be, or, inside an epoch, other batches.
     """
     weights, now = saved["state_dict"], task.state_dict()
     changed: list[str] = []
@@ -114,6 +125,8 @@ def check_fit(path: Path, saved: dict[str, Any], task: Training, epochs: int) ->
         changed = _changes("model", *(m if isinstance(m, dict) else {} for m in model)) or ["another network"]
     # checkpoints of former versions do not say it
     changed += _changes("task", saved.get("optimizer_args") or task.optimizer_kind, task.optimizer_kind)
+    if not changed and _groups(saved["optimizer_states"][0]) != _groups(task.make_optimizer().state_dict()):
+        changed = ["other groups of parameters, as task.weight_decay=0 or what is frozen changes them"]
     if changed:
         raise ValueError(
             f"{path} is of another training: {'; '.join(changed)}; resume it with the same settings, or start "
@@ -123,6 +136,8 @@ def check_fit(path: Path, saved: dict[str, Any], task: Training, epochs: int) ->
         raise ValueError(
             f"{path} is of a run after {done} epochs, more than trainer.max_epochs={epochs}; set it to {done} or more"
         )
+    for state in saved["loops"]["fit_loop"]["state_dict"].get("combined_loader", ()):
+        check_same_batches(state, batches)
 
 
 def check_monitor(path: Path, saved: dict[str, Any], monitor: str) -> None:

@@ -99,9 +99,11 @@ class EpochCheckpoint(_WholeEpochs, ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best score if its file is here, with the names of files in this folder."""
         file = Path(str(self.dirpath), f"{self.filename}{self.FILE_EXTENSION}")
+        if not file.is_file():
+            return
         if state_dict["dirpath"] == self.dirpath:
             super().load_state_dict(state_dict)
-        elif file.is_file():
+        else:
             here = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(file))
             scores = {str(file): score for score in state_dict["best_k_models"].values()}
             super().load_state_dict({**state_dict, **here, "best_k_models": scores, "dirpath": self.dirpath})

@@ -199,7 +199,8 @@ def train(config: DictConfig) -> dict[str, float]:
     )
     task = _task(config, model, num_classes, hparams, trainer.world_size)
     if start:
-        check_fit(start, saved, task, config.trainer.max_epochs)
+        batches = dict(batch_size=config.data.batch_size, world_size=trainer.world_size)
+        check_fit(start, saved, task, config.trainer.max_epochs, batches)
         if resumed:
             check_monitor(start, saved, monitor)
         del saved  # it may be large, and is read again

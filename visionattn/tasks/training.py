@@ -157,10 +157,15 @@ class Training(lightning.LightningModule):
         """The settings without which a state of the optimizer means nothing."""
         return {key: self.optimizer_args[key] for key in ("opt", "layer_decay")}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer; the learning rate is set at the start of an epoch or step."""
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer with its groups of parameters."""
         optimizer = create_optimizer_v2(self.model, **self.optimizer_args)
         scale_learning_rates(optimizer, self.model)
+        return optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; the learning rate is set at the start of an epoch or step."""
+        optimizer = self.make_optimizer()
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=self.epochs,
