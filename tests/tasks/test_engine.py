@@ -63,6 +63,7 @@ def test_timeout_of_one_process_and_of_other_strategies_is_refused():
 @pytest.mark.parametrize(
     ("text", "processes", "expected"),
     [
+        ("Application timeout caused pair closure", 2, ConnectionError),
         ("[pair.cc:538] Connection closed by peer [127.0.0.1]:1", 2, ConnectionError),
         ("[unbound_buffer.cc:81] Timed out waiting 10000ms for recv operation", 2, ConnectionError),
         ("Timed out after 11 seconds waiting for clients. 1/2 clients joined.", 2, ConnectionError),

@@ -21,7 +21,8 @@ from visionattn.tasks.stopping import parse_duration
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _BLOCK = re.compile(r"(^|\.)blocks\.\d+$")  # timm's name of the residual blocks of a stage
 _LOST = re.compile(  # as gloo and the store of a process group say it
-    r"timed out (after \d+ seconds )?waiting|(wait|socket) timeout|connection (closed|reset)|broken pipe", re.IGNORECASE
+    r"timed out (after \d+ seconds )?waiting|(wait|socket|application) timeout|connection (closed|reset)|broken pipe",
+    re.IGNORECASE,
 )
 
 
