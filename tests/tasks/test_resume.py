@@ -22,6 +22,7 @@ from visionattn.tasks.comparison import read_epochs
 from visionattn.tasks.config import compose
 from visionattn.tasks.resuming import goes_on, starting_point
 from visionattn.tasks.stopping import EpochCheckpoint, LastCheckpoint, parse_interval, parse_limit, parse_steps
+from visionattn.tasks.training import Training
 
 # five batches in groups of two: the last group of an epoch is an incomplete one
 ARGUMENTS = [
@@ -226,7 +227,7 @@ def test_patience_of_the_command_counts_in_a_resumed_run(tmp_path, capsys):
         (["+model.mlp_ratio=2"], "model.mlp_ratio=None, now 2"),
         (["task.ema_decay=null"], "with averaged weights, now without"),
         (["task.opt=sgd"], "task.opt=adamw, now sgd"),
-        (["task.weight_decay=0"], "other groups of parameters, as task.weight_decay=0"),
+        (["task.weight_decay=0.1"], r"task.weight_decay=0.05, now 0.1"),
         (["trainer.max_epochs=1"], "after 3 epochs, more than trainer.max_epochs=1; set it to 3"),
         (["monitor=val/loss"], "monitor=val/top1, now monitor=val/loss"),
     ],
@@ -237,6 +238,18 @@ def test_checkpoint_that_does_not_fit_is_refused_before_anything_changes(single,
         main([*SINGLE, f"output_dir={single.parent}", "name=x", "ckpt_path=last", *changes])
     assert refused.value.code.startswith("error: ") and "\n" not in refused.value.code
     assert {path: path.read_bytes() for path in single.rglob("*") if path.is_file()} == files
+
+
+def test_checkpoint_of_other_trained_parameters_is_refused(single, monkeypatch):
+    make = Training.make_optimizer
+
+    def frozen(task):
+        next(task.model.parameters()).requires_grad_(False)
+        return make(task)
+
+    monkeypatch.setattr(Training, "make_optimizer", frozen)
+    with pytest.raises(SystemExit, match="other groups of parameters, as frozen ones"):
+        main([*SINGLE, f"output_dir={single.parent}", "name=x", "ckpt_path=last"])
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def check_fit(path: Path, saved: dict[str, Any], task: Training, epochs: int, ba
     # checkpoints of former versions do not say it
     changed += _changes("task", saved.get("optimizer_args") or task.optimizer_kind, task.optimizer_kind)
     if not changed and _groups(saved["optimizer_states"][0]) != _groups(task.make_optimizer().state_dict()):
-        changed = ["other groups of parameters, as task.weight_decay=0 or what is frozen changes them"]
+        changed = ["other groups of parameters, as frozen ones change them"]
     if changed:
         raise ValueError(
             f"{path} is of another training: {'; '.join(changed)}; resume it with the same settings, or start "

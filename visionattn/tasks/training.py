@@ -154,8 +154,8 @@ class Training(lightning.LightningModule):
 
     @property
     def optimizer_kind(self) -> dict[str, Any]:
-        """The settings without which a state of the optimizer means nothing."""
-        return {key: self.optimizer_args[key] for key in ("opt", "layer_decay")}
+        """The settings that a state of the optimizer belongs to or, as the weight decay, silently brings back."""
+        return {key: self.optimizer_args[key] for key in ("opt", "weight_decay", "layer_decay")}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer with its groups of parameters."""
