@@ -50,7 +50,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: timm knows no such model or weights, or the weights are of another model or hold more than tensors.
         FileNotFoundError: ``pretrained_cfg_overlay=dict(file=...)`` or ``checkpoint_path`` names no file.
     """
-    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
+    overlay = (kwargs.get("pretrained_cfg_overlay") or {}) if kwargs.get("pretrained") else {}  # else it is not read
+    file = overlay.get("file") or kwargs.get("checkpoint_path")
     if file and not Path(file).is_file():
         raise FileNotFoundError(f"no checkpoint at {file}")
     if ":" not in name and not timm.is_model(name.split(".")[0]):

@@ -258,7 +258,7 @@ def test_configuration_of_a_run_cannot_hide_what_it_asks(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (dict(root="/home/victim", download="${data.root}"), "write what it fetches"),
+        (dict(root="/x", download="${data.root}"), "write what it fetches"),
         (dict(root="${data.scheme}${data.root}"), "over the network"),
         (dict(root="/x", cache="${data.root}"), "shards are written"),
     ],
